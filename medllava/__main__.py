@@ -1,0 +1,52 @@
+"""``medllava STAGE ...`` is the same as ``python -m medllava.STAGE ...``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from medllava import __version__
+from medllava.errors import run_cli
+
+COMMANDS = {
+    "demo": ("medllava.demo", "the whole street once: videos, data, training, scores, web chat"),
+    "doctor": ("medllava.doctor", "versions, devices, which extras work and why not"),
+    "phantom": ("medllava.phantom.__main__", "make narrated videos with known truth"),
+    "instruct_gen": ("medllava.instruct_gen.__main__", "narrate | generate | check: video to instruction data"),
+    "train": ("medllava.train.__main__", "train one stage from a recipe; preview a training file"),
+    "model": ("medllava.model.__main__", "inspect, convert, export, merge checkpoints"),
+    "serve.cli": ("medllava.serve.cli", "chat in the terminal, or one shot"),
+    "serve.worker": ("medllava.serve.worker", "OpenAI-compatible server"),
+    "serve.web": ("medllava.serve.web", "the web chat"),
+    "eval": ("medllava.eval.__main__", "answer | score | judge | report | rescore"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items()]
+    return (
+        f"medllava {__version__}\n\nusage: medllava COMMAND ...    (each takes --help)\n\n" + "\n".join(lines)
+        + "\n\nexample: medllava serve.cli --model-path demo-out/stage2 --image-file tissue.png --prompt 'What is here?'"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    if arguments[0] == "serve" and len(arguments) > 1:
+        arguments = [f"serve.{arguments[1]}", *arguments[2:]]
+    if arguments[0] not in COMMANDS:
+        print(f"error: no command {arguments[0]!r}; choose one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[arguments[0]][0])
+    code: int = run_cli(lambda: module.main(arguments[1:]))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Turns, conversations and instruction samples, and the LLaVA JSON that the field's trainers read."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medllava.errors import DataError
+from medllava.jsonl import describe
+
+IMAGE_TAG = "<image>"
+
+Role = Literal["system", "user", "assistant"]
+_FROM_LLAVA: dict[str, Role] = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"
+}
+_TO_LLAVA = {"user": "human", "assistant": "gpt", "system": "system"}
+
+Kind = Literal[
+    "conversation", "description", "complex_reasoning", "iterative_abduction", "grounding", "caption", "vqa", "other"
+]
+
+
+class Turn(BaseModel):
+    """One message. ``text`` may hold ``<image>`` tags in user turns, one per picture."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    role: Role
+    text: str
+
+
+class Provenance(BaseModel):
+    """Where a sample came from: enough to find the seconds of video and the prompt that made it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    video: str | None = None
+    chunk: str | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+    prompt_hash: str | None = None
+    teacher: str | None = None
+
+
+class InstructionSample(BaseModel):
+    """One training sample: images, a conversation, its kind and its provenance."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    id: str
+    kind: Kind = "other"
+    images: tuple[str, ...] = ()
+    turns: tuple[Turn, ...] = Field(min_length=1)
+    provenance: Provenance = Provenance()
+
+    def to_llava(self) -> dict[str, Any]:
+        """The sample as a row of LLaVA JSON: ``image`` is a string for one picture, a list for several."""
+        row: dict[str, Any] = {"id": self.id}
+        if self.images:
+            row["image"] = self.images[0] if len(self.images) == 1 else list(self.images)
+        row["conversations"] = [{"from": _TO_LLAVA[turn.role], "value": turn.text} for turn in self.turns]
+        row["kind"] = self.kind
+        row["provenance"] = self.provenance.model_dump(mode="json", exclude_none=True)
+        return row
+
+
+def sample_from_llava(row: dict[str, Any], where: str = "row") -> InstructionSample:
+    """Read a row of LLaVA JSON (also one without ``kind`` and ``provenance``).
+
+    The number of ``<image>`` tags must equal the number of images; one missing tag for one image is put at the front
+    of the first user turn, as LLaVA does. Raises DataError that starts with ``where``.
+    """
+    if not isinstance(row.get("conversations"), list) or not row["conversations"]:
+        raise DataError(f"{where}: no 'conversations' list")
+    turns: list[Turn] = []
+    for number, message in enumerate(row["conversations"]):
+        role = _FROM_LLAVA.get(message.get("from", "")) if isinstance(message, dict) else None
+        if role is None or not isinstance(message.get("value"), str):
+            raise DataError(f"{where}: turn {number} needs 'from' (human, gpt or system) and a text 'value'")
+        turns.append(Turn(role=role, text=message["value"]))
+    image = row.get("image")
+    images = () if image in (None, "", []) else (image,) if isinstance(image, str) else tuple(image)
+    if len(images) == 1 and not any(IMAGE_TAG in turn.text for turn in turns):
+        first = next((n for n, turn in enumerate(turns) if turn.role == "user"), None)
+        if first is not None:
+            turns[first] = Turn(role="user", text=f"{IMAGE_TAG}\n{turns[first].text}")
+    tags = sum(turn.text.count(IMAGE_TAG) for turn in turns)
+    if tags != len(images):
+        raise DataError(f"{where}: {tags} {IMAGE_TAG} tags for {len(images)} images; they must be equal")
+    try:
+        return InstructionSample(
+            id=str(row.get("id", where)), kind=row.get("kind", "other"), images=images, turns=tuple(turns),
+            provenance=Provenance.model_validate(row.get("provenance", {})),
+        )
+    except ValidationError as error:
+        raise DataError(f"{where}: {describe(error)}") from error

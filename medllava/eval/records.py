@@ -1,0 +1,68 @@
+"""What flows through eval: questions, answers, verdicts, and the report."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from medllava.geometry import Box
+
+QuestionKind = Literal["where", "yes_no", "what", "count", "box", "open", "closed"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Question(_Record):
+    """One question about one image. ``group`` (video or case) is the unit that intervals resample; ``choices`` lists
+    the legal answers of a closed question; ``box`` is the reference of a ``box`` question, 0..1 of the image."""
+
+    id: str
+    image: str | None
+    question: str
+    kind: QuestionKind
+    answer: str
+    choices: tuple[str, ...] = ()
+    box: Box | None = None
+    group: str
+
+
+class Answer(_Record):
+    """A model's reply. ``condition`` is the picture it saw: real, or one of the ablations."""
+
+    question_id: str
+    condition: Literal["real", "no_image", "blank", "noise", "mismatched"] = "real"
+    text: str
+    finish_reason: str = "stop"
+    model: str
+
+
+class Verdict(_Record):
+    """A score 0..1 for one answer, or None with the reason when it could not be told (never averaged in)."""
+
+    question_id: str
+    condition: str = "real"
+    score: float | None = Field(default=None, ge=0, le=1)
+    reason: str = ""
+    judge: str | None = None
+    raw: str | None = None
+
+
+class Metric(_Record):
+    """A mean with its 95 % interval; ``n`` scored, ``unscored`` left out of the mean."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    unscored: int = 0
+
+
+class Report(_Record):
+    """``report.json``: metrics on real images, the same under each ablation, and what produced them."""
+
+    metrics: dict[str, Metric]
+    ablations: dict[str, dict[str, Metric]] = {}
+    provenance: dict[str, Any] = {}

@@ -1,0 +1,104 @@
+"""Images in and out: any file, bytes or data URI to an RGB picture, and pictures with boxes drawn on them.
+
+The pixels a model sees are made in :mod:`medllava.model.pixels`, from what this module returns.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+from medllava.errors import DataError
+from medllava.geometry import Box
+
+MAX_PIXELS = 100_000_000
+"""Largest picture that is opened as a whole; beyond it, a whole slide should be read by region."""
+
+BOX_COLOURS = ("#e6194b", "#0082c8", "#f58231", "#3cb44b", "#911eb4", "#46f0f0", "#f032e6", "#808000")
+
+
+def load_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open a file, encoded bytes or a ``data:image/...;base64,`` URI as RGB, upright (EXIF applied), on white if it
+    has transparency. Nothing is fetched from a network.
+
+    Raises DataError that names the source and says why: missing, empty, not an image, truncated, or too large.
+    """
+    name = "image data" if isinstance(source, bytes) else str(source)
+    if isinstance(source, str) and source.startswith("data:"):
+        name, source = "image data URI", _decode_data_uri(source)
+    if isinstance(source, bytes):
+        stream: io.BytesIO | Path = io.BytesIO(source)
+        size = len(source)
+    else:
+        stream = Path(source)
+        if not stream.is_file():
+            raise DataError(f"{name}: no such image file" if not stream.exists() else f"{name}: is not a file")
+        size = stream.stat().st_size
+    if size == 0:
+        raise DataError(f"{name}: the image is empty (0 bytes)")
+    try:
+        with Image.open(stream) as opened:
+            if opened.width * opened.height > max_pixels:
+                raise DataError(
+                    f"{name}: {opened.width} x {opened.height} pixels is more than the limit of {max_pixels:,};"
+                    " cut a region of interest out of it first"
+                )
+            opened.load()
+            return _to_rgb(ImageOps.exif_transpose(opened))
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: not an image in a known format") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: the image is damaged ({error})") from error
+
+
+def to_data_uri(image: Image.Image, kind: str = "PNG") -> str:
+    """The picture as a data URI, re-encoded from its pixels so that no metadata goes along."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def draw_boxes(image: Image.Image, boxes: Sequence[Box], labels: Sequence[str] = ()) -> Image.Image:
+    """A copy of ``image`` with the boxes (0..1) outlined in distinct colours and, if given, labelled."""
+    drawn = image.convert("RGB")
+    pen = ImageDraw.Draw(drawn)
+    width = max(2, round(max(image.size) / 200))
+    for number, box in enumerate(boxes):
+        colour = BOX_COLOURS[number % len(BOX_COLOURS)]
+        x0, y0, x1, y1 = box.to_pixels(*image.size)
+        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=width)
+        if number < len(labels) and labels[number]:
+            left, top, right, bottom = pen.textbbox((x0 + width, y0 + width), labels[number])
+            pen.rectangle((left - 2, top - 2, right + 2, bottom + 2), fill=colour)
+            pen.text((x0 + width, y0 + width), labels[number], fill="white")
+    return drawn
+
+
+def _decode_data_uri(uri: str) -> bytes:
+    header, comma, payload = uri.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise DataError("image data URI: expected 'data:image/png;base64,...'")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise DataError(f"image data URI: not base64 ({error})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        # 16-bit microscopy TIFFs: scale the used range to 8 bits instead of clipping it to white.
+        low, high = image.getextrema()
+        span = float(high) - float(low) or 1.0  # type: ignore[arg-type]
+        image = image.point(lambda value: (value - float(low)) * 255.0 / span).convert("L")  # type: ignore[arg-type]
+    if "A" in image.getbands() or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        white = Image.new("RGBA", layered.size, "white")
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,104 @@
+"""What flows through instruct_gen: videos, stable chunks, cursor traces, narratives, grounded captions.
+
+Times end in ``_s`` and are seconds from the start of the video. Places are 0..1 of the record's own image, which is
+the rectangle ``crop_px`` of the video frame (viewer frames and black bars are cut away).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+
+from medllava.geometry import Box
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Video(_Record):
+    """One video file as probed: ``name`` is the file name; sizes are of the displayed (rotated) picture, in pixels."""
+
+    name: str
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+    fps: float = Field(gt=0)
+    duration_s: float = Field(gt=0)
+
+
+class StableChunk(_Record):
+    """A span during which the background holds still (Quilt-1M's "stable time"): at least 3 s."""
+
+    start_s: float = Field(ge=0)
+    end_s: float = Field(gt=0)
+    crop_px: tuple[int, int, int, int]
+
+
+class TracePoint(_Record):
+    """Cursor position at a time; ``confidence`` 0..1. On disk ``[t_s, x, y, confidence]``. No point: not visible."""
+
+    t_s: float
+    x: float = Field(ge=0, le=1)
+    y: float = Field(ge=0, le=1)
+    confidence: float = Field(default=1.0, ge=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return dict(zip(("t_s", "x", "y", "confidence"), value, strict=False))
+        return value
+
+    @model_serializer
+    def _to_list(self) -> list[float]:
+        return [round(self.t_s, 3), round(self.x, 4), round(self.y, 4), round(self.confidence, 3)]
+
+
+class Utterance(_Record):
+    """A spoken sentence or phrase with its times."""
+
+    start_s: float = Field(ge=0)
+    end_s: float
+    text: str = Field(min_length=1)
+
+
+class Narrative(_Record):
+    """A stable chunk with its background image, cursor trace and what was said during it (one line of
+    ``narratives.jsonl``)."""
+
+    id: str
+    video: str
+    start_s: float
+    end_s: float
+    image: str
+    crop_px: tuple[int, int, int, int]
+    trace: tuple[TracePoint, ...] = ()
+    utterances: tuple[Utterance, ...] = ()
+
+
+class Phrase(_Record):
+    """A piece of a caption and the region of interest it speaks of, if the cursor showed one."""
+
+    text: str
+    start_s: float
+    end_s: float
+    box: Box | None = None
+
+
+class GroundedCaption(_Record):
+    """A narrative's text with boxes (one line of ``captions.jsonl``). ``id`` equals the narrative's."""
+
+    id: str
+    video: str
+    image: str
+    crop_px: tuple[int, int, int, int]
+    phrases: tuple[Phrase, ...]
+
+
+class Dropped(_Record):
+    """Something that did not become a sample: where it came from, why, and the teacher's reply as it came."""
+
+    id: str
+    reason: str
+    raw: str | None = None

@@ -1,0 +1,1 @@
+"""Asking a text model over HTTP: the teacher and the judge. Never imports torch."""

@@ -57,7 +57,7 @@ def find_quadrants(text: str) -> list[str]:
 
 
 def article(noun: str) -> str:
-    return noun if noun in {"necrosis", "adipose"} else f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    return noun if noun == "necrosis" or noun.startswith("adipose") else f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def ask_where(kind: str, rng: Chooser) -> str:

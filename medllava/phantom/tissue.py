@@ -74,7 +74,8 @@ class _Dyes:
 
     def fill(self, outline: NDArray[np.int32], hematoxylin: float, eosin: float, orange: float = 0.0) -> None:
         """Replace all dyes inside an outline from :func:`_blob`; amounts in units of dye."""
-        for plane, amount in zip((self.hematoxylin, self.eosin, self.orange), (hematoxylin, eosin, orange), strict=True):
+        amounts = (hematoxylin, eosin, orange)
+        for plane, amount in zip((self.hematoxylin, self.eosin, self.orange), amounts, strict=True):
             cv2.fillPoly(plane, [outline], _byte(amount), cv2.LINE_AA, _SHIFT)
 
     def nucleus(
@@ -89,20 +90,25 @@ class _Dyes:
 
 def sample_stain(rng: np.random.Generator) -> Stain:
     """The stain of one case: hue and strength of both dyes and the lamp vary as between laboratories."""
-    hematoxylin = np.array([0.92, 0.98, 0.42]) * rng.uniform(0.85, 1.15) * rng.uniform(0.92, 1.08, 3)
-    eosin = np.array([0.10, 0.66, 0.30]) * rng.uniform(0.80, 1.20) * rng.uniform(0.90, 1.10, 3)
+    hematoxylin = np.array([0.86, 0.98, 0.38]) * rng.uniform(0.85, 1.15) * rng.uniform(0.92, 1.08, 3)
+    eosin = np.array([0.055, 0.62, 0.235]) * rng.uniform(0.80, 1.20) * rng.uniform(0.90, 1.10, 3)
     light = rng.uniform(236, 250) * rng.uniform(0.99, 1.01, 3)
     return Stain(_triple(hematoxylin), _triple(eosin), _triple(np.minimum(light, 252)))
 
 
 def sample_field(
-    rng: np.random.Generator, width: float = REFERENCE_WIDTH, height: float = 240, scale: float = 1.0
+    rng: np.random.Generator,
+    width: float = REFERENCE_WIDTH,
+    height: float = 240,
+    scale: float = 1.0,
+    keep_out: tuple[float, float, float, float] | None = None,
 ) -> list[Finding]:
     """1 to 4 findings for one field: distinct kinds, each in its own quadrant, in an order that tells nothing.
 
     Count, kinds, quadrants, sizes and places are drawn independently of one another; boxes keep a margin to the
     edge and to each other, and centres keep away from the midlines, so that the quadrant is never in doubt.
-    ``scale`` multiplies the findings' sides (at most 1.0 for the boxes to fit).
+    ``scale`` multiplies the findings' sides (at most 1.0 for the boxes to fit); no box touches the rectangle
+    ``keep_out`` (pixels; a talking-head inset in a corner).
     """
     count = int(rng.integers(1, 5))
     kinds = rng.permutation(list(FINDINGS))[:count]
@@ -112,7 +118,8 @@ def sample_field(
     while True:
         boxes = [_sample_box(rng, int(quadrant), width, height, reference) for quadrant in quadrants]
         gap = MARGIN * height
-        if all(_apart(a, b, gap) for i, a in enumerate(boxes) for b in boxes[:i]):
+        taken = boxes if keep_out is None else [*boxes, keep_out]
+        if all(_apart(a, b, gap) for i, a in enumerate(taken) for b in taken[:i]):
             return [Finding(str(kind), box) for kind, box in zip(kinds, boxes, strict=True)]
 
 
@@ -179,11 +186,11 @@ def _stroma(rng: np.random.Generator, width: int, height: int, scale: float) -> 
     strands = np.sin(2.7 * phase + 2.0 * loose)
     grain = rng.integers(0, 256, (height, width), dtype=np.uint8)
     grain = cv2.GaussianBlur(grain, (3, 3), 0)
-    amount = 0.60 + 0.13 * fibres + 0.09 * strands + 0.10 * loose
+    amount = 0.62 + 0.09 * fibres + 0.08 * strands + 0.07 * swell + 0.10 * loose
     # Clefts between bundles: the lowest valleys of the fibres let the light through.
-    amount -= np.maximum(-0.55 - fibres - 0.4 * swell, 0) * 0.45
+    amount -= np.maximum(-0.5 - fibres - 0.7 * loose, 0) * 0.36
     eosin = np.clip(amount * _UNIT, 12, 255).astype(np.uint8)
-    hematoxylin = np.clip((0.07 + 0.03 * bend) * _UNIT, 0, 255).astype(np.uint8)
+    hematoxylin = np.clip((0.045 + 0.03 * bend) * _UNIT, 0, 255).astype(np.uint8)
     dyes = _Dyes(hematoxylin, eosin, np.zeros_like(eosin))
     _scatter_nuclei(rng, dyes, phase, scale)
     return dyes, grain
@@ -263,9 +270,9 @@ def _paint_mitosis(rng: np.random.Generator, dyes: _Dyes) -> None:
     dyes.fill(_blob(rng, x, y, x - 1, y - 1, 0.05), 0.0, 0.06)
     dyes.fill(_blob(rng, x, y, x * 0.80, y * 0.80, 0.06), 0.16, 0.34)
     dyes.fill(_blob(rng, x, y, x * 0.56, y * 0.56, 0.06), 0.06, 0.16)
-    length, thickness = min(x, y) * 0.46, min(x, y) * 0.17
     degrees = rng.uniform(0, 180)
     crossed = rng.random() < 0.4
+    length, thickness = min(x, y) * 0.46, min(x, y) * (0.115 if crossed else 0.16)
     for turn in ((0.0, 80.0) if crossed else (0.0,)):
         for step in np.linspace(-1, 1, 7):
             angle = np.radians(degrees + turn)
@@ -279,7 +286,7 @@ def _paint_necrosis(rng: np.random.Generator, dyes: _Dyes) -> None:
     """Smudged, granular, faded tissue with dark nuclear dust."""
     width, height = dyes.size
     x, y = width / 2, height / 2
-    dyes.fill(_blob(rng, x, y, x - 1, y - 1, 0.30, 60), 0.14, 0.34, 0.10)
+    dyes.fill(_blob(rng, x, y, x - 1, y - 1, 0.30, 60), 0.22, 0.24, 0.16)
     inside = dyes.orange > 8
     smudge = _clouds(rng, width, height, max(width / 9, 2)) * 0.09
     for plane, share in ((dyes.hematoxylin, 1.0), (dyes.eosin, -0.9)):
@@ -296,15 +303,11 @@ def _paint_keratin(rng: np.random.Generator, dyes: _Dyes) -> None:
     """Concentric lamellae of bright orange-pink keratin."""
     width, height = dyes.size
     x, y = width / 2, height / 2
-    outer = _blob(rng, x, y, x - 1, y - 1, 0.05)
-    centre = np.array([x, y]) * _FIXED
-    dyes.fill(outer, 0.20, 0.85, 0.25)
-    turns = int(rng.integers(6, 8))
-    for index in range(turns):
-        share = 0.90 * (1 - index / turns)
-        lamella = (centre + (outer - centre) * share).astype(np.int32)
-        dark = index % 2 == 0
-        dyes.fill(lamella, 0.0, 0.95 if dark else 0.40, 0.95 if dark else 0.45)
+    outer = _blob(rng, x, y, x - 1, y - 1, 0.06)
+    dyes.fill(outer, 0.24, 0.80, 0.20)
+    for index, lamella in enumerate(_lamellae(rng, outer, (x, y), int(rng.integers(9, 13)), 0.03)):
+        dense = rng.uniform(0.8, 1.0) if index % 2 == 0 else rng.uniform(0.45, 0.65)
+        dyes.fill(lamella, 0.0, dense, dense * 0.85)
     for _ in range(10):
         angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0.25, 0.92)
         dyes.nucleus(
@@ -345,7 +348,7 @@ def _paint_adipose(rng: np.random.Generator, dyes: _Dyes) -> None:
     x, y = width / 2, height / 2
     dyes.fill(_blob(rng, x, y, x - 1, y - 1, 0.08), 0.08, 0.62)
     turn = rng.uniform(0, 2 * np.pi)
-    cells = [(0.0, 0.0, 0.30)] + [(0.63, turn + 2 * np.pi * i / 6, 0.325) for i in range(6)]
+    cells = [(0.0, 0.0, 0.32), *((0.64, turn + np.pi * (i / 3 + rng.uniform(-0.02, 0.02)), 0.335) for i in range(6))]
     for distance, angle, radius in cells:
         at_x, at_y = x + x * distance * np.cos(angle), y + y * distance * np.sin(angle)
         dyes.fill(_blob(rng, at_x, at_y, x * radius, y * radius, 0.07, 24), 0.0, 0.0)
@@ -360,14 +363,27 @@ def _paint_psammoma(rng: np.random.Generator, dyes: _Dyes) -> None:
     """A laminated ball of calcium, dark blue-purple, in a narrow cleft."""
     width, height = dyes.size
     x, y = width / 2, height / 2
-    outer = _blob(rng, x, y, x - 1, y - 1, 0.03)
-    centre = np.array([x, y]) * _FIXED
-    dyes.fill(outer, 0.0, 0.08)
-    rings = 8
-    for index in range(rings):
-        share = 0.90 * (1 - index / rings)
-        dark = index % 2 == 0
-        dyes.fill((centre + (outer - centre) * share).astype(np.int32), 1.55 if dark else 0.75, 0.55 if dark else 0.25)
+    outer = _blob(rng, x, y, x - 1, y - 1, 0.05)
+    dyes.fill(outer, 0.02, 0.12)
+    for index, ring in enumerate(_lamellae(rng, outer, (x, y), 9, 0.015)):
+        dense = rng.uniform(1.45, 1.7) if index % 2 == 0 else rng.uniform(0.95, 1.15)
+        dyes.fill(ring, dense, dense * 0.3)
+
+
+def _lamellae(
+    rng: np.random.Generator, outer: NDArray[np.int32], centre: tuple[float, float], count: int, wobble: float
+) -> list[NDArray[np.int32]]:
+    """Outlines inside ``outer``, from the outside in: uneven in thickness, wavy, and drawn towards one side."""
+    middle = np.array(centre) * _FIXED
+    angles = np.linspace(0, 2 * np.pi, len(outer), endpoint=False)
+    shares = 0.90 * (1 - (np.arange(count) + rng.uniform(-0.3, 0.3, count)) / count)
+    drift = rng.uniform(-0.12, 0.12, 2) * (outer.max(axis=0) - outer.min(axis=0)) / 2
+    outlines = []
+    for share in np.minimum(shares, 0.92):
+        wave = 1 + wobble * np.cos(rng.integers(3, 8) * angles + rng.uniform(0, 2 * np.pi)) / max(share, 0.3)
+        points = middle + drift * (1 - share) + (outer - middle) * (share * wave)[:, None]
+        outlines.append(points.astype(np.int32))
+    return outlines
 
 
 def _disc(x: float, y: float, radius: float) -> NDArray[np.int32]:
@@ -393,10 +409,8 @@ _ORANGE = (0.02, 0.36, 0.62)
 
 def _absorb(dyes: _Dyes, grain: Plane, stain: Stain) -> Pixels:
     """Light through the dyes, as bytes (H, W, 3): Beer-Lambert with one table per dye and colour."""
-    hematoxylin = cv2.GaussianBlur(dyes.hematoxylin, (3, 3), 0.7)
-    hematoxylin = cv2.multiply(hematoxylin, grain, scale=0.45 / 128)  + cv2.convertScaleAbs(hematoxylin, alpha=0.55)
-    eosin = cv2.GaussianBlur(dyes.eosin, (3, 3), 0.7)
-    eosin = cv2.multiply(eosin, grain, scale=0.35 / 128) + cv2.convertScaleAbs(eosin, alpha=0.65)
+    hematoxylin = _grainy(dyes.hematoxylin, grain, 0.45)
+    eosin = _grainy(dyes.eosin, grain, 0.35)
     orange = cv2.GaussianBlur(dyes.orange, (3, 3), 0.7)
     amounts = np.arange(256) / _UNIT
     channels = []
@@ -406,6 +420,13 @@ def _absorb(dyes: _Dyes, grain: Plane, stain: Stain) -> Pixels:
         through = cv2.multiply(through, cv2.LUT(orange, _table(amounts, _ORANGE[channel])), scale=1 / 255)
         channels.append(cv2.convertScaleAbs(through, alpha=stain.light[channel] / 255))
     return np.asarray(cv2.merge(channels))
+
+
+def _grainy(dye: Plane, grain: Plane, share: float) -> Plane:
+    """The plane with soft edges, a ``share`` of it multiplied by the grain."""
+    soft = cv2.GaussianBlur(dye, (3, 3), 0.7)
+    # cv2.add saturates at 255 where numpy would wrap round to clear glass.
+    return np.asarray(cv2.add(cv2.multiply(soft, grain, scale=share / 128), cv2.convertScaleAbs(soft, alpha=1 - share)))
 
 
 def _table(amounts: NDArray[np.float64], density: float) -> Plane:

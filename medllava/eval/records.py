@@ -29,14 +29,25 @@ class Question(_Record):
     group: str
 
 
+Condition = Literal["real", "no_image", "blank", "noise", "mismatched"]
+
+
 class Answer(_Record):
     """A model's reply. ``condition`` is the picture it saw: real, or one of the ablations."""
 
     question_id: str
-    condition: Literal["real", "no_image", "blank", "noise", "mismatched"] = "real"
+    condition: Condition = "real"
     text: str
     finish_reason: str = "stop"
     model: str
+
+
+class Failure(_Record):
+    """A question that got no answer, and why. It is left out of the mean and counted as unscored."""
+
+    question_id: str
+    condition: Condition = "real"
+    reason: str
 
 
 class Verdict(_Record):
@@ -61,8 +72,19 @@ class Metric(_Record):
 
 
 class Report(_Record):
-    """``report.json``: metrics on real images, the same under each ablation, and what produced them."""
+    """``report.json``: metrics on real images, the same under each ablation, and what produced them.
+
+    ``visual_gain`` is real minus blank on the same questions. ``baselines`` are what a model that never looks gets:
+    ``chance`` (a guess among the legal answers) and ``constant`` (always the most frequent reference). ``unclear``
+    counts, per condition and metric, the answers that could not be read as any legal answer and so count as wrong.
+    ``notes`` says in words what the numbers mean.
+    """
 
     metrics: dict[str, Metric]
     ablations: dict[str, dict[str, Metric]] = {}
+    visual_gain: dict[str, Metric] = {}
+    baselines: dict[str, dict[str, float]] = {}
+    unclear: dict[str, dict[str, int]] = {}
+    answer_words: dict[str, float] = {}
+    notes: tuple[str, ...] = ()
     provenance: dict[str, Any] = {}

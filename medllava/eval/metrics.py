@@ -1,0 +1,293 @@
+"""From graded answers to the report: means, intervals, baselines, visual gain. Pure functions of records.
+
+Questions about one video or case are not independent, so intervals resample whole groups (cluster bootstrap), not
+questions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+
+from medllava.errors import DataError
+from medllava.eval.records import Answer, Condition, Failure, Metric, Question, Report, Verdict
+from medllava.eval.vqa import METRICS, grade, reference
+from medllava.geometry import QUADRANTS, Box
+
+RESAMPLES = 2000
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+BLIND = "the model's answers do not depend on the picture"
+FEW_GROUPS = 10
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95 % interval; None where there is nothing to estimate from."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def estimate(
+    scores: Sequence[float],
+    groups: Sequence[str],
+    strata: Sequence[str] = (),
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of ``scores`` with a 95 % percentile interval from a bootstrap over ``groups``.
+
+    With ``strata`` (one label per score) the value is the unweighted mean of the strata's means, which for right or
+    wrong and the classes yes and no is the balanced accuracy. One group gives no interval.
+    """
+    if not scores:
+        return Estimate(None, None, None)
+    group_names, group = np.unique(np.asarray(groups), return_inverse=True)
+    labels, stratum = np.unique(np.asarray(strata or [""] * len(scores)), return_inverse=True)
+    shape = (len(group_names), len(labels))
+    total, count = np.zeros(shape), np.zeros(shape)
+    np.add.at(total, (group, stratum), np.asarray(scores, dtype=float))
+    np.add.at(count, (group, stratum), 1.0)
+    value = float(np.mean(total.sum(axis=0) / count.sum(axis=0)))
+    number = len(group_names)
+    if number < 2:
+        return Estimate(value, None, None)
+    draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=resamples)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.mean((draws @ total) / (draws @ count), axis=1)
+    # A resample that misses a whole stratum has no balanced accuracy; it is left out.
+    low, high = np.nanpercentile(means, (2.5, 97.5))
+    return Estimate(value, float(low), float(high))
+
+
+def _bounded(scores: Sequence[float], groups: Sequence[str], found: Estimate) -> Estimate:
+    """Where every score is 1 (or 0) a bootstrap cannot vary and would claim certainty: give the exact (Clopper-Pearson)
+    bound for that many independent groups instead."""
+    number = len(set(groups))
+    if number > 1 and all(score == 1 for score in scores):
+        return Estimate(1.0, 0.025 ** (1 / number), 1.0)
+    if number > 1 and all(score == 0 for score in scores):
+        return Estimate(0.0, 0.0, 1 - 0.025 ** (1 / number))
+    return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question under one condition: its metrics (None if it could not be scored), what was read, and why."""
+
+    question: Question
+    condition: Condition
+    scores: dict[str, float] | None
+    read: str | None
+    reason: str
+    words: int = 0
+    cut_off: bool = False
+
+
+def grade_all(questions: Sequence[Question], answers: Iterable[Answer], failures: Iterable[Failure] = ()) -> list[Row]:
+    """Grade every question under every condition that has answers, in the order of the questions.
+
+    Ablations leave out questions without a picture. Raises DataError for a repeated question or answer, and for an
+    answer to no question.
+    """
+    known = {question.id for question in questions}
+    if len(known) < len(questions):
+        repeated = next(name for name, times in Counter(question.id for question in questions).items() if times > 1)
+        raise DataError(f"question id {repeated!r} occurs more than once; give every question its own id")
+    given: dict[tuple[str, str], Answer] = {}
+    for answer in answers:
+        key = answer.question_id, answer.condition
+        if answer.question_id not in known:
+            raise DataError(f"an answer is to question {answer.question_id!r}, which the question file does not have")
+        if key in given:
+            raise DataError(f"question {answer.question_id!r} is answered twice under condition {answer.condition!r}")
+        given[key] = answer
+    reasons = {(failure.question_id, failure.condition): failure.reason for failure in failures}
+    present = {condition for _, condition in (*given, *reasons)} | {"real"}
+    return [
+        _row(question, condition, given.get((question.id, condition)), reasons.get((question.id, condition)))
+        for condition in CONDITIONS
+        if condition in present
+        for question in questions
+        if condition == "real" or question.image is not None
+    ]
+
+
+def _row(question: Question, condition: Condition, answer: Answer | None, failure: str | None) -> Row:
+    if answer is None:
+        return Row(question, condition, None, None, failure or "no answer")
+    try:
+        graded = grade(question, answer.text)
+    except DataError as error:
+        return Row(question, condition, None, None, str(error))
+    return Row(
+        question, condition, graded.scores, graded.read, graded.reason,
+        words=len(answer.text.split()), cut_off=answer.finish_reason == "length",
+    )
+
+
+def verdicts(rows: Iterable[Row]) -> list[Verdict]:
+    """The rows as records: the first metric of a question is its score."""
+    return [
+        Verdict(
+            question_id=row.question.id,
+            condition=row.condition,
+            score=None if row.scores is None else next(iter(row.scores.values())),
+            reason=row.reason,
+        )
+        for row in rows
+    ]
+
+
+def _metrics_of(question: Question) -> tuple[str, ...]:
+    if question.kind == "box":
+        return "box_iou", "box_centre"
+    if question.kind == "open":
+        return "open_f1", "open_recall"
+    return ("closed_accuracy",) if question.kind == "closed" else (question.kind,)
+
+
+def _stratum(metric: str, question: Question) -> str:
+    return reference(question) if metric == "yes_no" else ""
+
+
+def metric(name: str, rows: Sequence[Row], *, seed: int = 0) -> Metric:
+    """One metric over rows of one condition."""
+    scored = [(row, row.scores[name]) for row in rows if row.scores is not None]
+    scores = [score for _, score in scored]
+    groups = [row.question.group for row, _ in scored]
+    found = estimate(scores, groups, [_stratum(name, row.question) for row, _ in scored], seed=seed)
+    found = _bounded(scores, groups, found)
+    return Metric(value=found.value, low=found.low, high=found.high, n=len(scored), unscored=len(rows) - len(scored))
+
+
+def gain(name: str, real: Sequence[Row], other: Sequence[Row], *, seed: int = 0) -> Metric:
+    """Real minus other on the questions scored under both, each question compared with itself."""
+    before = {row.question.id: row.scores[name] for row in other if row.scores is not None}
+    paired = [
+        (row.question, row.scores[name] - before[row.question.id])
+        for row in real
+        if row.scores is not None and row.question.id in before
+    ]
+    found = estimate(
+        [difference for _, difference in paired],
+        [question.group for question, _ in paired],
+        [_stratum(name, question) for question, _ in paired],
+        seed=seed,
+    )
+    unscored = len({row.question.id for row in (*real, *other)}) - len(paired)
+    return Metric(value=found.value, low=found.low, high=found.high, n=len(paired), unscored=unscored)
+
+
+def summarise(rows: Sequence[Row], provenance: dict[str, object], *, seed: int = 0) -> Report:
+    """The report: every metric under every condition, visual gain, baselines, and notes in words."""
+    table: dict[Condition, dict[str, list[Row]]] = {}
+    for row in rows:
+        for name in _metrics_of(row.question):
+            table.setdefault(row.condition, {}).setdefault(name, []).append(row)
+    scores = {
+        condition: {name: metric(name, by_name[name], seed=seed) for name in METRICS if name in by_name}
+        for condition, by_name in table.items()
+    }
+    real, blank = table.get("real", {}), table.get("blank", {})
+    gains = {name: gain(name, real[name], blank[name], seed=seed) for name in METRICS if name in real and name in blank}
+    return Report(
+        metrics=scores.pop("real", {}),
+        ablations={str(condition): found for condition, found in scores.items()},
+        visual_gain=gains,
+        baselines={name: _baselines(name, [row.question for row in real[name]]) for name in METRICS if name in real},
+        unclear={
+            str(condition): {
+                name: sum(row.scores is not None and row.read is None for row in by_name[name])
+                for name in METRICS
+                if name in by_name and name not in {"box_centre", "open_recall"}
+            }
+            for condition, by_name in table.items()
+        },
+        answer_words=_answer_words(rows),
+        notes=tuple(_notes(rows, gains)),
+        provenance=dict(provenance),
+    )
+
+
+def _answer_words(rows: Sequence[Row]) -> dict[str, float]:
+    """Mean words per answer on real pictures, for each kind of question."""
+    words: dict[str, list[int]] = {}
+    for row in rows:
+        if row.condition == "real" and row.scores is not None:
+            words.setdefault(row.question.kind, []).append(row.words)
+    return {kind: round(float(np.mean(counts)), 2) for kind, counts in words.items()}
+
+
+def _baselines(name: str, questions: Sequence[Question]) -> dict[str, float]:
+    """What an answer that ignores the picture and the question gets: ``chance`` and the best ``constant`` answer."""
+    if name in {"box_iou", "box_centre"}:
+        return _box_baseline(name, [question.box for question in questions if question.box is not None])
+    if name in {"open_f1", "open_recall"}:
+        return {}
+    if name == "yes_no":
+        return {"chance": 0.5, "constant": 0.5}
+    labels: Counter[str] = Counter()
+    for question in questions:
+        try:
+            label = reference(question)
+        except DataError:
+            continue
+        # Lettered options differ from question to question; what stays the same is their place in the list.
+        labels[str(question.choices.index(label)) if label in question.choices else label] += 1
+    if not labels:
+        return {}
+    found = {"constant": max(labels.values()) / labels.total()}
+    if name != "count":
+        found["chance"] = float(
+            np.mean([1 / len(question.choices if name != "where" else QUADRANTS) for question in questions])
+        )
+    return found
+
+
+def _box_baseline(name: str, boxes: Sequence[Box]) -> dict[str, float]:
+    """The mean of all reference boxes, given as the answer to every question."""
+    if not boxes:
+        return {}
+    x1, y1, x2, y2 = (float(side) for side in np.mean([box.as_tuple() for box in boxes], axis=0))
+    mean = Box(x1=x1, y1=y1, x2=x2, y2=y2)
+    if name == "box_iou":
+        return {"constant": float(np.mean([mean.iou(box) for box in boxes]))}
+    return {"constant": float(np.mean([box.contains(mean.centre) for box in boxes]))}
+
+
+def _notes(rows: Sequence[Row], gains: dict[str, Metric]) -> list[str]:
+    notes = []
+    told = {name: found for name, found in gains.items() if found.value is not None}
+    if told and all(_blind(found) for found in told.values()):
+        notes.append(f"On every metric {BLIND}.")
+    for name, found in told.items():
+        interval = "" if found.low is None else f", 95 % interval {found.low:+.3f} to {found.high:+.3f}"
+        amount = f"visual gain {found.value:+.3f}{interval}"
+        if _blind(found):
+            notes.append(f"{name}: {BLIND}, as far as {found.n} questions can tell ({amount}).")
+        elif found.value is not None and found.value < 0:
+            notes.append(f"{name}: the answers are worse with the picture than with a blank one ({amount}).")
+    groups = {row.question.group for row in rows}
+    if len(groups) < FEW_GROUPS:
+        notes.append(f"Only {len(groups)} independent groups (videos or cases): the intervals are too narrow.")
+    missing = sum(row.scores is None for row in rows if row.condition == "real")
+    if missing:
+        notes.append(f"{missing} questions on real pictures are unscored, left out of the means; see verdicts.jsonl.")
+    cut_off = sum(row.cut_off for row in rows if row.condition == "real")
+    if cut_off:
+        notes.append(f"{cut_off} answers on real pictures were cut off at the token limit.")
+    return notes
+
+
+def _blind(found: Metric) -> bool:
+    """True if the gain cannot be told from none: its interval holds 0 (or, with one group, it is not positive)."""
+    if found.low is None or found.high is None:
+        return found.value is not None and found.value <= 0
+    return found.low <= 0 <= found.high

@@ -1,0 +1,225 @@
+"""Reading one answer: what does it say, and is it right? Pure functions, no model, no files.
+
+Every reader is strict: an answer counts only if it names exactly one legal answer. What names none or several is
+*unclear*; it is counted as such and scores 0, so that neither silence nor hedging is ever rewarded.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from medllava.errors import DataError
+from medllava.eval.records import Question
+from medllava.geometry import QUADRANTS, Box, parse_boxes
+
+METRICS: dict[str, str] = {
+    "where": "share of answers that name exactly one quadrant, the right one",
+    "yes_no": "balanced accuracy: mean of the accuracies on yes- and on no-questions; unclear answers are wrong",
+    "what": "share of answers that name exactly one of the possible findings, the right one",
+    "count": "share of answers that name exactly one number, the right one",
+    "box_iou": "mean intersection over union of the first box with the reference; no box counts 0",
+    "box_centre": "share of answers whose first box has its centre inside the reference",
+    "closed_accuracy": "share of closed answers that name exactly one choice, the right one",
+    "open_f1": "mean token F1 with the reference answer",
+    "open_recall": "mean share of the reference's tokens found in the answer (rewards length: read it beside open_f1)",
+}
+"""Metric name -> what it is, in the order reports print it."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """One answer, read: metric name -> 0..1 (the first is the verdict's score) and what it was read as, or None."""
+
+    scores: dict[str, float]
+    read: str | None
+    reason: str
+
+
+def grade(question: Question, text: str) -> Grade:
+    """Score one answer. Raises DataError naming the question if its reference cannot be read."""
+    if question.kind == "open":
+        return _grade_open(question, text)
+    if question.kind == "box":
+        return _grade_box(question, text)
+    metric = "closed_accuracy" if question.kind == "closed" else question.kind
+    expected = reference(question)
+    named = _named(question, text)
+    if len(named) != 1:
+        return Grade({metric: 0.0}, None, "unclear: names " + (" and ".join(named) or "no legal answer"))
+    right = named[0] == expected
+    return Grade({metric: float(right)}, named[0], "right" if right else f"answered {named[0]}, expected {expected}")
+
+
+def reference(question: Question) -> str:
+    """The reference answer in the same words as :func:`grade` reads answers. Raises DataError naming the question."""
+    named = _named(question, question.answer)
+    if len(named) != 1:
+        raise DataError(
+            f"question {question.id}: the reference {question.answer!r} names {len(named)} legal answers instead of one"
+        )
+    return named[0]
+
+
+def _named(question: Question, text: str) -> list[str]:
+    """The distinct legal answers that ``text`` names."""
+    if question.kind == "where":
+        return read_quadrants(text)
+    if question.kind == "yes_no" or {choice.lower() for choice in question.choices} == {"yes", "no"}:
+        answer = read_yes_no(text)
+        return [answer] if answer else []
+    if question.kind == "count":
+        return [str(number) for number in read_numbers(text)]
+    if not question.choices:
+        raise DataError(f"question {question.id}: a {question.kind!r} question needs 'choices'")
+    if all(_OPTION.match(choice) for choice in question.choices):
+        return read_options(text, question.choices)
+    return read_choices(text, question.choices)
+
+
+# ---------------------------------------------------------------------------------------------------------- yes or no
+
+_VOTE = {"yes": "yes", "yeah": "yes", "yep": "yes", "no": "no", "nope": "no"}
+_WORD = "(yes|yeah|yep|no|nope)"
+_BOTH = re.compile(r"\b(?:yes\s*(?:/|or|and)\s*no|no\s*(?:/|or|and)\s*yes)\b")
+# "No doubt it is there", "no way to tell": the word no does not answer the question.
+_IDIOM = re.compile(
+    r"\bno (?:(?:definite|clear|certain|reliable|reasonable) )?"
+    r"(?:doubt|question|idea|way|answer|opinion|information|image|picture)\b"
+)
+_LEADING = re.compile(rf"^{_WORD}\b")
+# Standing alone as a sentence or clause: "The answer is no.", "Answer: yes", "... I would say yes."
+_STANDALONE = re.compile(rf"(?:^|[.;:!?]\s+|\banswer is\s+|\bsay\s+){_WORD}(?=\s*(?:[,.;:!]|$))")
+
+
+def read_yes_no(text: str) -> str | None:
+    """``yes``, ``no``, or None if the answer is neither or both.
+
+    Only the words yes and no decide, at the start of the answer or standing alone as a clause. A negation elsewhere
+    ("not uncommon", "there is no doubt") is never taken for an answer.
+    """
+    plain = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).lower()).strip(" \"'*_#(`“”‘’")
+    if _BOTH.search(plain):
+        return None
+    plain = _IDIOM.sub("", plain)
+    votes = {_VOTE[word] for pattern in (_LEADING, _STANDALONE) for word in pattern.findall(plain)}
+    return votes.pop() if len(votes) == 1 else None
+
+
+# -------------------------------------------------------------------------------------------- quadrant, number, choice
+
+_QUADRANT = re.compile(r"\b(?:(upper|lower) (left|right)|(left|right) (upper|lower))\b")
+
+
+def read_quadrants(text: str) -> list[str]:
+    """The distinct quadrants named, in order of mention; ``top-left`` and ``bottom`` are understood."""
+    plain = re.sub(r"\btop\b", "upper", re.sub(r"\bbottom\b", "lower", _plain(text)))
+    found = [f"{a or d} {b or c}" for a, b, c, d in _QUADRANT.findall(plain)]
+    return [name for name in dict.fromkeys(found) if name in QUADRANTS]
+
+
+_NUMBER_WORDS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)
+_NUMBER = re.compile(rf"(?<![\w.])(?:(\d+)(?![\w]|\.\d)|({'|'.join(_NUMBER_WORDS)}|none)\b)")
+
+
+def read_numbers(text: str) -> list[int]:
+    """The distinct whole numbers named, as digits or as words up to twenty; ``none`` is 0."""
+    found = [
+        int(digits) if digits else 0 if word == "none" else _NUMBER_WORDS.index(word)
+        for digits, word in _NUMBER.findall(text.lower())
+    ]
+    return list(dict.fromkeys(found))
+
+
+def read_choices(text: str, choices: Sequence[str]) -> list[str]:
+    """The distinct choices named, in order of mention. Whole words only, case and punctuation aside; a plural s is
+    allowed, and where one choice is part of another the longer one is meant."""
+    by_name = {_plain(choice): choice for choice in choices}
+    names = sorted(by_name, key=len, reverse=True)
+    pattern = re.compile(r"\b(" + "|".join(re.escape(name) for name in names if name) + r")s?\b")
+    return list(dict.fromkeys(by_name[name] for name in pattern.findall(_plain(text))))
+
+
+_OPTION = re.compile(r"^\s*\(?([A-Z])\s*[:.)]\s*(.+)$", re.DOTALL)
+
+
+def read_options(text: str, options: Sequence[str]) -> list[str]:
+    """The distinct lettered options (``B: ghost cells``) named by letter or by text, in the order of ``options``.
+
+    A letter counts if it is the whole answer, is followed by ``:``, ``.``, ``)``, ``,`` or the end of the answer, or
+    follows "answer is" or "option"; the article in "A gland" therefore does not.
+    """
+    by_letter: dict[str, str] = {}
+    by_text: dict[str, str] = {}
+    for option in options:
+        match = _OPTION.match(option)
+        if match:
+            by_letter[match.group(1)] = option
+            by_text[match.group(2)] = option
+    letters = "".join(by_letter)
+    found = {
+        by_letter[letter]
+        for letter in re.findall(rf"(?<![A-Za-z.])([{letters}])(?=\s*[:.,)!](?![a-z])|\s*$)", text)
+        + re.findall(rf"\b(?:answer is|answer:|option|choice)\s*\(?([{letters}])\b", text, re.IGNORECASE)
+        if letter in by_letter
+    }
+    stripped = text.strip(" ().:").upper()
+    if stripped in by_letter:
+        found.add(by_letter[stripped])
+    found |= {by_text[name] for name in read_choices(text, list(by_text))}
+    return [option for option in options if option in found]
+
+
+def _plain(text: str) -> str:
+    """Lower case, everything but letters and digits turned into single spaces."""
+    return re.sub(r"[^0-9a-z]+", " ", unicodedata.normalize("NFKD", text).lower()).strip()
+
+
+# ---------------------------------------------------------------------------------------------------------- box, open
+
+
+def _grade_box(question: Question, text: str) -> Grade:
+    if question.box is None:
+        raise DataError(f"question {question.id}: a box question needs a reference 'box'")
+    box = first_box(text)
+    if box is None:
+        return Grade({"box_iou": 0.0, "box_centre": 0.0}, None, "unclear: no box")
+    iou = box.iou(question.box)
+    hit = float(question.box.contains(box.centre))
+    return Grade({"box_iou": iou, "box_centre": hit}, "box", f"IoU {iou:.2f}")
+
+
+def first_box(text: str) -> Box | None:
+    """The first well-formed box in the answer."""
+    boxes = parse_boxes(text)
+    return boxes[0] if boxes else None
+
+
+def _grade_open(question: Question, text: str) -> Grade:
+    wanted = tokens(question.answer)
+    if not wanted:
+        raise DataError(f"question {question.id}: the reference {question.answer!r} has no words")
+    f1, recall = token_f1(text, question.answer)
+    return Grade({"open_f1": f1, "open_recall": recall}, text if tokens(text) else None, f"F1 {f1:.2f}")
+
+
+def tokens(text: str) -> list[str]:
+    """Words for comparing open answers: lower case, without punctuation (decimal points stay) and articles."""
+    words = re.findall(r"\d+\.\d+|\w+", unicodedata.normalize("NFKC", text).lower())
+    return [word for word in words if word not in {"a", "an", "the"}]
+
+
+def token_f1(answer: str, expected: str) -> tuple[float, float]:
+    """(F1, recall) of the answer's tokens against the reference's, as multisets (Rajpurkar et al. 2016, SQuAD)."""
+    given, wanted = Counter(tokens(answer)), Counter(tokens(expected))
+    shared = sum((given & wanted).values())
+    if not shared:
+        return 0.0, 0.0
+    precision, recall = shared / sum(given.values()), shared / sum(wanted.values())
+    return 2 * precision * recall / (precision + recall), recall

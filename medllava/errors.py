@@ -3,6 +3,8 @@
     MedllavaError               anything a command reports as one line, without a traceback
     |-- ConfigError             a recipe, a flag or an environment that does not fit
     |-- DataError               an input file or record that cannot be used (names file and line)
+    |   |-- ImageTooLarge       a picture beyond the limit of pixels or bytes
+    |   `-- PromptTooLong       a conversation that does not fit the model's context
     |-- CheckpointError         a model folder that is incomplete or does not match
     |-- ServiceError            an HTTP service that refuses, is unreachable or answers nonsense
     `-- MissingExtraError       an optional package that a chosen feature needs
@@ -29,6 +31,14 @@ class ConfigError(MedllavaError):
 
 class DataError(MedllavaError):
     """An input file or one of its records cannot be used."""
+
+
+class ImageTooLarge(DataError):
+    """A picture has more pixels or bytes than the limit."""
+
+
+class PromptTooLong(DataError):
+    """A conversation, its pictures and the room for an answer do not fit the model's context."""
 
 
 class CheckpointError(MedllavaError):

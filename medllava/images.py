@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
-from medllava.errors import DataError
+from medllava.errors import DataError, ImageTooLarge
 from medllava.geometry import Box
 
 MAX_PIXELS = 100_000_000
@@ -26,7 +26,8 @@ def load_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> I
     """Open a file, encoded bytes or a ``data:image/...;base64,`` URI as RGB, upright (EXIF applied), on white if it
     has transparency. Nothing is fetched from a network.
 
-    Raises DataError that names the source and says why: missing, empty, not an image, truncated, or too large.
+    Raises DataError that names the source and says why: missing, empty, not an image, truncated, or (ImageTooLarge)
+    of too many pixels.
     """
     name = "image data" if isinstance(source, bytes) else str(source)
     if isinstance(source, str) and source.startswith("data:"):
@@ -44,7 +45,7 @@ def load_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> I
     try:
         with Image.open(stream) as opened:
             if opened.width * opened.height > max_pixels:
-                raise DataError(
+                raise ImageTooLarge(
                     f"{name}: {opened.width} x {opened.height} pixels is more than the limit of {max_pixels:,};"
                     " cut a region of interest out of it first"
                 )

@@ -1,0 +1,89 @@
+"""``python -m medllava.model inspect | merge | export | convert | tiny``: formats in and out.
+
+example: python -m medllava.model merge demo-out/stage2 demo-out/merged
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from medllava.errors import CheckpointError, run_cli
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="medllava model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    steps = parser.add_subparsers(dest="step", required=True)
+    inspect = steps.add_parser("inspect", help="what a checkpoint folder is: kind, parts, parameters, files")
+    inspect.add_argument("source", metavar="SRC", type=Path)
+    for name, text in (
+        ("merge", "fold a LoRA or projector checkpoint into its base: a full checkpoint"),
+        ("export", "write a stock Hugging Face folder"),
+        ("convert", "read an original LLaVA folder"),
+    ):
+        step = steps.add_parser(name, help=text)
+        step.add_argument("source", metavar="SRC", type=Path)
+        step.add_argument("target", metavar="DST", type=Path)
+    tiny = steps.add_parser("tiny", help="a checkpoint with random weights, for trying the other commands")
+    tiny.add_argument("target", metavar="DST", type=Path)
+    tiny.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    if arguments.step == "inspect":
+        return _inspect(arguments.source)
+    if arguments.step == "tiny":
+        from medllava.model.tiny import tiny_checkpoint
+
+        _refuse_existing(arguments.target)
+        tiny_checkpoint(arguments.target, seed=arguments.seed)
+    elif arguments.step == "convert":
+        raise CheckpointError(f"{arguments.source}: original LLaVA folders cannot be converted yet; use a Hugging Face one")
+    else:
+        _merge(arguments.source, arguments.target)
+    print(f"wrote {arguments.target}")
+    return 0
+
+
+def _inspect(source: Path) -> int:
+    from medllava.model import checkpoint
+
+    loaded = checkpoint.load(source, device="cpu")
+    model = loaded.model.model
+    parts = {
+        "vision tower": model.vision_tower,
+        "projector": model.multi_modal_projector,
+        "language model": model.language_model,
+        "output head": loaded.model.lm_head,
+    }
+    print(f"{source}: kind {loaded.manifest.kind}" + (f", on base {loaded.base}" if loaded.base else ""))
+    for name, part in parts.items():
+        print(f"  {name:<16}{type(part).__name__:<28}{sum(p.numel() for p in part.parameters()):>16,} parameters")
+    print(json.dumps(loaded.manifest.model_dump(mode="json"), indent=1))
+    for file in sorted(source.iterdir()):
+        if file.is_file():
+            print(f"  {file.name:<32}{file.stat().st_size:>16,} bytes")
+    return 0
+
+
+def _merge(source: Path, target: Path) -> None:
+    """Write SRC, with everything folded in, as a full checkpoint that stock classes open."""
+    from medllava.model import checkpoint
+
+    _refuse_existing(target)
+    loaded = checkpoint.load(source, device="cpu")
+    facts = loaded.manifest.model_dump(
+        include={"training_mpp", "box_format", "data_sha256", "recipe"}
+    )
+    checkpoint.save_full(target, loaded.model, loaded.processor, chat_format=loaded.manifest.chat_format, **facts)
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: already exists; choose another destination")
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,90 @@
+"""``medllava.json``: what a checkpoint folder is, so that it can be opened by its path alone.
+
+Nothing is ever read from a folder's name. The manifest is written last: a folder that has one is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from medllava import __version__
+from medllava.errors import CheckpointError
+from medllava.jsonl import describe, read_json, write_json
+
+FILE = "medllava.json"
+
+Kind = Literal["full", "projector", "lora"]
+Padding = Literal["square", "none"]
+
+
+class Manifest(BaseModel):
+    """A checkpoint's own description.
+
+    kind: ``full`` is a whole model; ``projector`` holds only the projector; ``lora`` holds adapters and the projector.
+    base: for the latter two, the full model they belong to: a path that starts with ``.`` is relative to this folder,
+        an absolute path is taken as it is, anything else is a Hugging Face hub id, with ``revision``.
+    chat_format: see :mod:`medllava.model.prompt`.
+    image_size: side of the model's input, pixels. padding: ``square`` pads the picture to a square first.
+    training_mpp: micrometres per pixel of the training images, if known.
+    data_sha256, recipe, versions: what the weights were made from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    format: Literal[1] = 1
+    kind: Kind
+    base: str | None = None
+    revision: str | None = None
+    chat_format: str
+    image_size: int
+    padding: Padding = "square"
+    training_mpp: float | None = None
+    box_format: str = "[x1, y1, x2, y2], 0..1 of the original image"
+    data_sha256: str | None = None
+    recipe: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    created: str = ""
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The folder's manifest, or None if it has none. Raises CheckpointError if it is there but cannot be used."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        return Manifest.model_validate(read_json(path))
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: not a medllava manifest: {describe(error)}") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_json(folder / FILE, manifest.model_dump(mode="json"))
+
+
+def current_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a checkpoint computes."""
+    found = {"medllava": __version__}
+    for package in ("torch", "transformers", "peft", "accelerate", "tokenizers", "pillow"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's bytes, for telling whether a run's data changed."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,224 @@
+"""The one prompt builder: turns to token ids, and to the labels that training supervises.
+
+A conversation is rendered to text once and tokenized once (each stretch between pictures in one call). The tokens whose
+characters lie inside an assistant's answer or its end token are supervised; all others are labelled ``IGNORE``. No
+piece is tokenized a second time to find out where it ends.
+
+Labels are aligned with the ids: ``labels[i]`` is ``input_ids[i]`` or ``IGNORE``. Whoever computes the loss shifts them
+by one (Hugging Face models do it themselves when they are given ``labels``; so does :mod:`medllava.train.forward`).
+
+Chat formats:
+
+- ``plain``      stage 1: the picture, then the caption and a line break, all of it supervised; no questions.
+- ``vicuna_v1``  the format of Vicuna and LLaVA v1.5.
+- ``medllava``   one special token before each turn: short, for the demo's small model.
+- ``template``   the chat template in the checkpoint's folder (Llama-3, Mistral, Qwen, Phi, ...).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from medllava.conversation import IMAGE_TAG, Turn
+from medllava.errors import CheckpointError, ConfigError, DataError
+
+IGNORE = -100
+"""Label of a token that is not supervised."""
+
+_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+# Templates take a turn's content as one string, or as the list of parts that OpenAI-style callers send.
+_CONTENT = (
+    "{% macro content(turn) %}{% if turn['content'] is string %}{{ turn['content'] }}{% else %}"
+    "{% for part in turn['content'] %}{% if part['type'] == 'image' %}{{ '<image>\\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
+)
+
+TEMPLATES = {
+    "medllava": _CONTENT + (
+        "{{ bos_token }}{% for turn in messages %}{% if turn['role'] == 'assistant' %}"
+        "{{ '<|assistant|>' }}{% generation %}{{ content(turn) + eos_token }}{% endgeneration %}"
+        "{% elif turn['role'] == 'system' %}{{ content(turn) }}"
+        "{% else %}{{ '<|user|>' + content(turn) }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    ),
+    "vicuna_v1": _CONTENT + (
+        "{% if messages[0]['role'] == 'system' %}{% set system = content(messages[0]) %}{% else %}"
+        "{% set system = \"" + _SYSTEM + "\" %}{% endif %}"
+        "{{ bos_token + system + ' ' }}{% for turn in messages %}{% if turn['role'] == 'assistant' %}"
+        "{{ 'ASSISTANT:' }}{% generation %}{{ ' ' + content(turn) + eos_token }}{% endgeneration %}"
+        "{% elif turn['role'] == 'user' %}{{ 'USER: ' + content(turn) + ' ' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    ),
+}
+"""Built-in chat formats as Jinja templates; they are copied into the checkpoints that use them."""
+
+CHAT_FORMATS = ("plain", *TEMPLATES, "template")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids and labels of equal length. ``dropped_turns``: trailing turns left out to fit ``max_length``."""
+
+    input_ids: list[int]
+    labels: list[int]
+    dropped_turns: int = 0
+
+
+class PromptBuilder:
+    """Builds prompts for one tokenizer and chat format. ``tokens_per_image``: length of a picture in the prompt."""
+
+    def __init__(
+        self, tokenizer: Any, chat_format: str, *, tokens_per_image: int, image_token: str = IMAGE_TAG,
+        template: str | None = None,
+    ) -> None:
+        if chat_format not in CHAT_FORMATS:
+            raise ConfigError(f"unknown chat format {chat_format!r}; choose one of: {', '.join(CHAT_FORMATS)}")
+        self.tokenizer = tokenizer
+        self.chat_format = chat_format
+        self.tokens_per_image = tokens_per_image
+        self.image_token_id = int(tokenizer.convert_tokens_to_ids(image_token))
+        if self.image_token_id == tokenizer.unk_token_id or self.image_token_id < 0:
+            raise CheckpointError(f"the tokenizer has no token {image_token!r} for pictures")
+        self._template = TEMPLATES.get(chat_format) or template or tokenizer.chat_template
+        if chat_format != "plain" and not self._template:
+            raise CheckpointError(
+                "the checkpoint's folder holds no chat template (chat_template.jinja); set chat_format to one of: "
+                + ", ".join(CHAT_FORMATS[:-1])
+            )
+        ends = sorted({str(token) for token in tokenizer.all_special_tokens} - {image_token}, key=len, reverse=True)
+        self._end = re.compile(r"\s*(" + "|".join(re.escape(token) for token in ends) + ")") if ends else None
+
+    def question(self, turns: Sequence[Turn]) -> list[int]:
+        """Ids of the conversation so far, ending where the assistant is to speak. The last turn is the user's."""
+        if self.chat_format == "plain":
+            text = "".join(turn.text for turn in turns)
+            return self._encode(self._bos() + text)[0]
+        return self._encode(self._render(turns, generation_prompt=True))[0]
+
+    def sample(self, turns: Sequence[Turn], where: str, *, max_length: int | None = None) -> Prompt | None:
+        """Ids and labels of a training sample; ``where`` names it in errors.
+
+        If it is longer than ``max_length`` (pictures counted in full), whole trailing exchanges are dropped; None if not
+        even the first one fits. Raises DataError if no token is supervised or the turns do not fit the format.
+        """
+        kept = list(turns)
+        while True:
+            text, spans = self._plain(kept, where) if self.chat_format == "plain" else self._chat(kept, where)
+            input_ids, labels = self._encode(text, spans, where)
+            if all(label == IGNORE for label in labels):
+                raise DataError(f"{where}: no token is supervised; each sample needs a non-empty assistant turn")
+            if max_length is None or len(input_ids) <= max_length:
+                return Prompt(input_ids, labels, len(turns) - len(kept))
+            answers = [number for number, turn in enumerate(kept) if turn.role == "assistant"]
+            if len(answers) < 2:
+                return None
+            kept = kept[: answers[-2] + 1]
+
+    def _plain(self, turns: Sequence[Turn], where: str) -> tuple[str, list[tuple[int, int]]]:
+        """Stage 1's text: pictures, then the caption and a line break; only the latter two are supervised."""
+        answers = [turn.text for turn in turns if turn.role == "assistant"]
+        if len(answers) != 1:
+            raise DataError(f"{where}: chat format 'plain' takes exactly one assistant turn, got {len(answers)}")
+        if not answers[0].strip():
+            raise DataError(f"{where}: no token is supervised; the caption is empty")
+        pictures = sum(turn.text.count(IMAGE_TAG) for turn in turns if turn.role == "user")
+        head = self._bos() + IMAGE_TAG * pictures
+        text = head + answers[0] + "\n"
+        return text, [(len(head), len(text))]
+
+    def _chat(self, turns: Sequence[Turn], where: str) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered conversation and the character ranges of its answers with their end tokens."""
+        spans: list[tuple[int, int]] = []
+        whole = self._render(turns, generation_prompt=False)
+        for number, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            head = self._render(turns[:number], generation_prompt=True)
+            body = whole if number == len(turns) - 1 else self._render(turns[: number + 1], generation_prompt=False)
+            answer = turn.text.strip()
+            if not answer:
+                raise DataError(f"{where}: assistant turn {number} is empty")
+            at = body.find(answer, len(head))
+            if not body.startswith(head) or not whole.startswith(body) or body[len(head) : max(at, 0)].strip():
+                raise DataError(
+                    f"{where}: the chat template does not continue its own prompt at turn {number}, so the answer"
+                    " cannot be located; use a template that keeps earlier turns as they were"
+                )
+            end = self._end.match(body, at + len(answer)) if self._end else None
+            if end is None:
+                raise ConfigError("the chat template puts no end token after answers: a model would never learn to stop")
+            spans.append((len(head), end.end()))
+        return whole, spans
+
+    def _render(self, turns: Sequence[Turn], *, generation_prompt: bool) -> str:
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        text: str = self.tokenizer.apply_chat_template(
+            messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
+        )
+        return text
+
+    def _encode(
+        self, text: str, spans: Sequence[tuple[int, int]] = (), where: str = "prompt"
+    ) -> tuple[list[int], list[int]]:
+        """Ids and labels of a text; here, and only here, a picture's tag becomes its tokens."""
+        input_ids: list[int] = []
+        labels: list[int] = []
+        position = 0
+        if self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token):
+            input_ids.append(self.tokenizer.bos_token_id)
+            labels.append(IGNORE)
+            position = len(self.tokenizer.bos_token)
+        for number, stretch in enumerate(text[position:].split(IMAGE_TAG)):
+            if number:
+                input_ids += [self.image_token_id] * self.tokens_per_image
+                labels += [IGNORE] * self.tokens_per_image
+                position += len(IMAGE_TAG)
+            if stretch:
+                found = self.tokenizer(stretch, add_special_tokens=False, return_offsets_mapping=True)
+                for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+                    input_ids.append(token)
+                    labels.append(token if _inside(position + start, position + end, spans, where) else IGNORE)
+            position += len(stretch)
+        return input_ids, labels
+
+    def _bos(self) -> str:
+        return self.tokenizer.bos_token or ""
+
+
+def with_image_tag(turns: Sequence[Turn], images: int) -> list[Turn]:
+    """The turns with a tag for each of ``images`` pictures: if there is none, they go in front of the first user turn.
+
+    Raises DataError if the number of tags does not equal the number of pictures.
+    """
+    tags = sum(turn.text.count(IMAGE_TAG) for turn in turns)
+    placed = list(turns)
+    if images and not tags:
+        first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+        if first is not None:
+            text = f"{IMAGE_TAG}\n" * images + turns[first].text
+            placed[first] = Turn(role="user", text=text)
+            tags = images
+    if tags != images:
+        raise DataError(f"{tags} {IMAGE_TAG} tags for {images} images; they must be equal")
+    return placed
+
+
+def _inside(start: int, end: int, spans: Sequence[tuple[int, int]], where: str) -> bool:
+    for first, last in spans:
+        if start < last and end > first:
+            if start < first or end > last:
+                raise DataError(
+                    f"{where}: a token crosses the border of an answer; this tokenizer and chat format do not fit"
+                )
+            return True
+        # A tokenizer may give an empty range to a token made of spaces; it belongs to where it stands.
+        if start == end and first < start <= last:
+            return True
+    return False

@@ -304,9 +304,11 @@ def _load_full(source: str | Path, revision: str | None, device: str, dtype: tor
     """Load a stock folder or hub id; every tensor must be there, expected and of the right shape."""
     from safetensors import SafetensorError
     from transformers import LlavaForConditionalGeneration
+    from transformers.utils import logging as transformers_logging
 
     if isinstance(source, Path):
         _check_hugging_face(source)
+    transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"quantization_config": quantization, "device_map": device} if quantization else {}
     try:
         model, report = LlavaForConditionalGeneration.from_pretrained(

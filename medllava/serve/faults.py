@@ -1,0 +1,53 @@
+"""What can go wrong with a question, each fault with its own HTTP status, code and next step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from medllava.errors import DataError, ImageTooLarge, MedllavaError, PromptTooLong
+
+
+class Refused(Exception):
+    """A question that is not answered: an HTTP status, a code for programs and a sentence for people."""
+
+    def __init__(self, status: int, code: str, message: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.retry_after_s = status, code, message, retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """The error as the OpenAI API writes it."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+
+
+def refusal(error: Exception) -> Refused:
+    """The fault behind an exception of the model: out of memory, too long a prompt, unusable data, or a defect here."""
+    if isinstance(error, Refused):
+        return error
+    if is_out_of_memory(error):
+        return Refused(
+            507, "out_of_memory",
+            "The model ran out of memory on this question. Shorten the conversation or the answer (max_tokens), or start"
+            " the worker with --load-4bit or on a device with more memory.",
+        )
+    if isinstance(error, PromptTooLong):
+        return Refused(400, "context_length_exceeded", str(error))
+    if isinstance(error, ImageTooLarge):
+        return Refused(413, "image_too_large", str(error))
+    if isinstance(error, DataError):
+        return Refused(400, "invalid_request", str(error))
+    if isinstance(error, MedllavaError):
+        return Refused(500, "model_error", str(error))
+    return Refused(
+        500, "internal_error",
+        f"The model failed on this question ({type(error).__name__}); the worker's log holds the traceback.",
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for CUDA, MPS and host memory. torch's class is known by its name, so that this file needs no torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("out of memory", "not enough memory", "can't allocate memory")
+    )

@@ -1,0 +1,158 @@
+"""Serves one model over HTTP in the OpenAI chat-completions format.
+
+    python -m medllava.serve.worker --model-path demo-out/stage2 --port 8000
+
+The first line on standard output is "listening on http://HOST:PORT"; the model loads while the server already answers
+(503 and "still loading"), and "ready: MODEL" follows. Pictures come as data URIs. Nothing of a question is stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medllava.errors import CheckpointError, ConfigError, MissingExtraError, run_cli
+from medllava.serve.faults import is_out_of_memory
+
+if TYPE_CHECKING:
+    from medllava.model.answerer import Answerer
+
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        prog="medllava serve.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--model-path", type=Path, required=True, help="checkpoint folder")
+    options.add_argument("--port", type=int, default=8000, help="0 takes any free port (default 8000)")
+    options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default 127.0.0.1)")
+    options.add_argument("--api-key-file", type=Path, help="file with one accepted key a line")
+    options.add_argument("--root-path", default="", help="path that a proxy serves this under, such as /worker1")
+    options.add_argument("--max-image-mb", type=float, default=20.0, help="largest encoded picture (default 20)")
+    options.add_argument("--max-new-tokens", type=int, default=256, help="where a request names none (default 256)")
+    options.add_argument("--max-waiting", type=int, default=16, help="questions that may wait in line (default 16)")
+    options.add_argument("--max-wait-s", type=float, default=300.0, help="longest wait in line (default 300)")
+    options.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    quantised = options.add_mutually_exclusive_group()
+    quantised.add_argument("--load-4bit", action="store_true", help="language model in 4 bits (bitsandbytes)")
+    quantised.add_argument("--load-8bit", action="store_true", help="language model in 8 bits (bitsandbytes)")
+    options.add_argument(
+        "--stop-with-stdin", action="store_true", help="end when standard input closes, that is with the parent process"
+    )
+    return options
+
+
+def read_keys(path: Path | None) -> tuple[str, ...]:
+    """The keys of an API key file, one a line; none if there is no file. Raises ConfigError."""
+    if path is None:
+        return ()
+    try:
+        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except OSError as error:
+        raise ConfigError(f"--api-key-file {path}: cannot be read ({error.strerror})") from error
+    if not keys:
+        raise ConfigError(f"--api-key-file {path}: holds no key; write one a line")
+    return keys
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError if the address is taken or not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port} ({error}); choose another --port or --host") from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def load_fault(error: Exception, path: Path) -> Exception:
+    """What to report when the model could not be loaded."""
+    if is_out_of_memory(error):
+        return CheckpointError(f"{path}: not enough memory to load the model; try --load-4bit or another --device")
+    return error
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    try:
+        import uvicorn
+
+        from medllava.serve.app import Limits, create_app
+    except ImportError as error:
+        raise MissingExtraError("fastapi and uvicorn", "serve", error) from error
+
+    if not options.model_path.is_dir():
+        raise CheckpointError(f"{options.model_path}: no such checkpoint folder")
+    keys = read_keys(options.api_key_file)
+    if options.host not in LOOPBACK and not keys:
+        print(
+            f"warning: {options.host} lets other machines use this worker without a key; see --api-key-file",
+            file=sys.stderr,
+        )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+
+    def load() -> Answerer:
+        from medllava.model.answerer import Answerer
+
+        return Answerer.load(
+            options.model_path, device=options.device, load_4bit=options.load_4bit, load_8bit=options.load_8bit
+        )
+
+    outcomes: list[Answerer | Exception] = []
+
+    def on_load(outcome: Answerer | Exception) -> None:
+        outcomes.append(outcome)
+        if isinstance(outcome, Exception):
+            server.should_exit = True
+        else:
+            print(f"ready: {outcome.model_id}", flush=True)
+
+    app = create_app(
+        load,
+        limits=Limits(
+            max_image_mb=options.max_image_mb, max_new_tokens=options.max_new_tokens, max_waiting=options.max_waiting,
+            max_wait_s=options.max_wait_s,
+        ),
+        api_keys=keys,
+        root_path=options.root_path,
+        on_load=on_load,
+    )
+    # access_log=False: not even addresses are written. A stopped server waits two seconds for answers under way.
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="on")
+    )
+    listener = listen(options.host, options.port)
+    print(f"listening on {url_of(listener)}", flush=True)
+    if options.stop_with_stdin:
+        def stop_at_end_of_input() -> None:
+            sys.stdin.read()
+            server.should_exit = True
+
+        threading.Thread(target=stop_at_end_of_input, daemon=True).start()
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+    failure = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
+    if failure is not None:
+        raise load_fault(failure, options.model_path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,171 @@
+"""A scripted model behind the real HTTP worker: what it answers is known, so what the clients show can be asserted."""
+
+from __future__ import annotations
+
+import random
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from PIL import Image, ImageDraw
+
+from medllava.conversation import Turn
+from medllava.errors import PromptTooLong
+from medllava.geometry import format_box, parse_boxes
+from medllava.model.answerer import Completion
+from medllava.serve.app import Limits, create_app
+
+PAUSE_S = 0.02
+
+
+class OutOfMemoryError(RuntimeError):
+    """Stands for torch's error of that name."""
+
+
+@dataclass
+class ScriptedAnswerer:
+    """Answers by rule: says which region it was asked about, or names a gland and its box; some words cause faults."""
+
+    model_id: str = "scripted"
+    num_image_tokens: int = 16
+    asked: list[tuple[list[Image.Image], list[Turn], dict[str, Any]]] = field(default_factory=list)
+    stopped_at: list[float] = field(default_factory=list)
+    """Times at which a generation was closed before its end."""
+
+    def reply(self, question: str) -> str:
+        boxes = parse_boxes(question)
+        if boxes:
+            return f"The region {format_box(boxes[0])} holds a vessel."
+        if "long story" in question:
+            return "and then " * 2000
+        return "A gland. [0.10, 0.20, 0.40, 0.60]"
+
+    def stream(
+        self, images: Sequence[Image.Image], turns: Sequence[Turn], *, max_new_tokens: int = 256, **options: Any
+    ) -> Generator[str, None, Completion]:
+        question = turns[-1].text
+        self.asked.append((list(images), list(turns), {"max_new_tokens": max_new_tokens, **options}))
+        if "too much memory" in question:
+            raise OutOfMemoryError("CUDA out of memory")
+        if "too many words" in question:
+            raise PromptTooLong("the question needs 9000 tokens; the model holds 4096: shorten it")
+        if "divide by zero" in question:
+            raise ZeroDivisionError(question)
+        if "think first" in question:
+            time.sleep(7)
+        words = re.findall(r"\S+\s*", self.reply(question))
+        prompt_tokens = sum(len(turn.text.split()) for turn in turns) + len(images) * self.num_image_tokens
+        said = words[:max_new_tokens]
+        try:
+            for word in said:
+                time.sleep(PAUSE_S)
+                yield word
+        except GeneratorExit:
+            self.stopped_at.append(time.monotonic())
+            raise
+        text = "".join(said)
+        return Completion(text, "length" if len(said) < len(words) else "stop", prompt_tokens, len(said))
+
+    def answer(self, images: Sequence[Image.Image], turns: Sequence[Turn], **options: Any) -> Completion:
+        stream = self.stream(images, turns, **options)
+        while True:
+            try:
+                next(stream)
+            except StopIteration as end:
+                return end.value
+
+
+@dataclass
+class RunningWorker:
+    """A worker that serves on ``url`` in a thread of the test."""
+
+    url: str
+    answerer: ScriptedAnswerer
+    stop: Callable[[], None]
+
+
+StartWorker = Callable[..., RunningWorker]
+
+
+@pytest.fixture
+def start_worker() -> Iterator[StartWorker]:
+    """Start workers with a scripted model; ``load_s`` delays the loading, other arguments go to ``create_app``."""
+    stops: list[Callable[[], None]] = []
+
+    def start(*, answerer: ScriptedAnswerer | None = None, load_s: float = 0.0, port: int = 0, **options: Any) -> RunningWorker:
+        model = answerer or ScriptedAnswerer()
+
+        def load() -> ScriptedAnswerer:
+            time.sleep(load_s)
+            return model
+
+        listener = socket.create_server(("127.0.0.1", port))
+        app = create_app(load, **options)  # type: ignore[arg-type]
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+
+        def stop() -> None:
+            server.should_exit = True
+            thread.join(10)
+            listener.close()
+
+        stops.append(stop)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        if not load_s:
+            wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
+        return RunningWorker(url, model, stop)
+
+    yield start
+    for stop in stops:
+        stop()
+
+
+@pytest.fixture
+def worker(start_worker: StartWorker) -> RunningWorker:
+    return start_worker(limits=Limits(max_image_mb=1, max_waiting=1))
+
+
+@pytest.fixture
+def wait() -> Callable[..., None]:
+    return wait_until
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait until a condition holds; an HTTP error counts as not yet."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if true():
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds} s")
+
+
+@pytest.fixture
+def photograph(tmp_path: Path) -> Path:
+    """A PNG of 900 x 300 pixels, pink with purple spots; a unique text in its metadata."""
+    from PIL.PngImagePlugin import PngInfo
+
+    dice = random.Random(0)
+    image = Image.new("RGB", (900, 300), (232, 190, 210))
+    pen = ImageDraw.Draw(image)
+    for _ in range(400):
+        x, y = dice.randrange(900), dice.randrange(300)
+        pen.ellipse((x, y, x + 9, y + 7), fill=(110, 60, 140))
+    pen.rectangle((90, 60, 360, 180), outline=(60, 20, 90), width=3)
+    notes = PngInfo()
+    notes.add_text("Comment", "PATIENT-4711")
+    path = tmp_path / "patient-4711.png"
+    image.save(path, pnginfo=notes)
+    return path

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from medllava.conversation import Turn
-from medllava.errors import DataError
+from medllava.errors import PromptTooLong
 
 if TYPE_CHECKING:
     import torch
@@ -86,12 +86,13 @@ class Answerer:
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         seed: int | None = None,
-    ) -> Iterator[str]:
-        """Yield the answer piece by piece as it is generated; closing the iterator ends the generation.
+    ) -> Generator[str, None, Completion]:
+        """Yield the answer piece by piece as it is generated; closing the generator ends the generation. Its return
+        value (``StopIteration.value``) is the whole answer as a Completion.
 
         temperature 0 is greedy. ``stop``: texts that end the answer and are not part of it. ``seed``: makes sampling
         repeatable. The arguments are checked at the first piece. Raises DataError if the turns do not fit the
-        pictures or the prompt leaves no room in the model's context.
+        pictures, PromptTooLong if the prompt leaves no room in the model's context.
         """
         reply = _Reply(self._tokenizer, stop)
         steps = self._generate([(images, turns)], [reply], max_new_tokens, temperature, top_p, seed)
@@ -103,6 +104,7 @@ class Answerer:
                 shown = len(ready)
         if len(reply.text()) > shown:
             yield reply.text()[shown:]
+        return reply.completion()
 
     def answer(
         self,
@@ -136,10 +138,7 @@ class Answerer:
         replies = [_Reply(self._tokenizer, stop) for _ in questions]
         for _ in self._generate(questions, replies, max_new_tokens, temperature, top_p, seed):
             pass
-        return [
-            Completion(reply.text(), "stop" if reply.finished else "length", reply.prompt_tokens, len(reply.ids))
-            for reply in replies
-        ]
+        return [reply.completion() for reply in replies]
 
     def _generate(
         self, questions: Sequence[Question], replies: Sequence[_Reply], max_new_tokens: int, temperature: float,
@@ -155,7 +154,10 @@ class Answerer:
         longest = max(len(prompt) for prompt in prompts)
         room = min(max_new_tokens, self._context - longest)
         if room <= 0 < max_new_tokens:
-            raise DataError(f"the prompt takes {longest} tokens; the model's context holds {self._context}")
+            raise PromptTooLong(
+                f"the question takes {longest} tokens, pictures included; the model's context holds {self._context}:"
+                " shorten it or start a new conversation"
+            )
         for reply, prompt in zip(replies, prompts, strict=True):
             reply.prompt_tokens = len(prompt)
         pictures = [image for images, _ in questions for image in images]
@@ -214,6 +216,9 @@ class _Reply:
 
     def text(self) -> str:
         return self._decoded.rstrip()
+
+    def completion(self) -> Completion:
+        return Completion(self.text(), "stop" if self.finished else "length", self.prompt_tokens, len(self.ids))
 
     def ready(self) -> str:
         """The part of the text that no later token can change: without trailing space, a half character at the end, or

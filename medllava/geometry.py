@@ -8,6 +8,7 @@ the square that the model's pixel path pads to, or to and from text.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
@@ -141,6 +142,26 @@ def parse_boxes(text: str) -> list[Box]:
         if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1:
             found.append(Box(x1=x1, y1=y1, x2=x2, y2=y2))
     return found
+
+
+def malformed_boxes(text: str) -> list[str]:
+    """Every bracket of four numbers in ``text`` that is no box of the 0..1 frame, as it is written."""
+    wrong: list[str] = []
+    for match in _BOX.finditer(text):
+        x1, y1, x2, y2 = (float(value) for value in match.groups())
+        if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+            wrong.append(match.group())
+    return wrong
+
+
+def map_boxes(text: str, change: Callable[[Box], Box]) -> str:
+    """``text`` with every well-formed box in it replaced by its changed self; all else stays as it is."""
+
+    def replace(match: re.Match[str]) -> str:
+        boxes = parse_boxes(match.group(0))
+        return format_box(change(boxes[0])) if boxes else match.group(0)
+
+    return _BOX.sub(replace, text)
 
 
 def strip_boxes(text: str) -> str:

@@ -79,6 +79,12 @@ def find_file(name: str, kind: str, suffix: str) -> Path:
 
 def read_questions(path: Path) -> list[Question]:
     """All questions of a file in any of the three layouts. Raises DataError naming file and row."""
+    return read_question_file(path)[0]
+
+
+def read_question_file(path: Path) -> tuple[list[Question], set[str]]:
+    """The questions, and the ids of rows of unknown ``answer_type``, which the original evaluation skips too."""
+    skipped: set[str] = set()
     try:
         with path.open(encoding="utf-8") as file:
             start = file.read(1000).lstrip()
@@ -87,13 +93,18 @@ def read_questions(path: Path) -> list[Question]:
     if not start.startswith("["):
         questions = list(read_records(path, Question))
     else:
-        rows = read_json(path)
-        questions = [question for number, row in enumerate(rows) if (question := _from_original(row, path, number))]
-        if len(questions) < len(rows):
-            log.warning("%s: %d rows of unknown answer_type were skipped", path, len(rows) - len(questions))
+        questions = []
+        for number, row in enumerate(read_json(path)):
+            question = _from_original(row, path, number)
+            if question:
+                questions.append(question)
+            else:
+                skipped.add(str(row["id"]))
+        if skipped:
+            log.warning("%s: %d rows of unknown answer_type were skipped", path, len(skipped))
     if not questions:
         raise DataError(f"{path}: holds no questions")
-    return questions
+    return questions, skipped
 
 
 def _from_original(row: Any, path: Path, number: int) -> Question | None:

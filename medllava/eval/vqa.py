@@ -56,6 +56,8 @@ def grade(question: Question, text: str) -> Grade:
 
 def reference(question: Question) -> str:
     """The reference answer in the same words as :func:`grade` reads answers. Raises DataError naming the question."""
+    if question.answer in question.choices:
+        return question.answer
     named = _named(question, question.answer)
     if len(named) != 1:
         raise DataError(
@@ -91,21 +93,22 @@ _IDIOM = re.compile(
     r"(?:doubt|question|idea|way|answer|opinion|information|image|picture)\b"
 )
 _LEADING = re.compile(rf"^{_WORD}\b")
-# Standing alone as a sentence or clause: "The answer is no.", "Answer: yes", "... I would say yes."
-_STANDALONE = re.compile(rf"(?:^|[.;:!?]\s+|\banswer is\s+|\bsay\s+){_WORD}(?=\s*(?:[,.;:!]|$))")
+# Standing alone as a clause, or the last word: "The answer is no.", "Answer: yes, it is", "... so yes."
+_STANDALONE = re.compile(rf"(?:^|[.;:!?]\s+|\banswer is\s+){_WORD}(?=\s*(?:[,.;:!]|$))|\b{_WORD}\W*$")
 
 
 def read_yes_no(text: str) -> str | None:
     """``yes``, ``no``, or None if the answer is neither or both.
 
-    Only the words yes and no decide, at the start of the answer or standing alone as a clause. A negation elsewhere
-    ("not uncommon", "there is no doubt") is never taken for an answer.
+    Only the words yes and no decide, at the start of the answer, at its end or standing alone as a clause. A negation
+    elsewhere ("not uncommon", "there is no doubt") is never taken for an answer.
     """
     plain = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).lower()).strip(" \"'*_#(`“”‘’")
     if _BOTH.search(plain):
         return None
     plain = _IDIOM.sub("", plain)
-    votes = {_VOTE[word] for pattern in (_LEADING, _STANDALONE) for word in pattern.findall(plain)}
+    matches = [*_LEADING.finditer(plain), *_STANDALONE.finditer(plain)]
+    votes = {_VOTE[word] for match in matches for word in match.groups() if word}
     return votes.pop() if len(votes) == 1 else None
 
 
@@ -147,32 +150,36 @@ def read_choices(text: str, choices: Sequence[str]) -> list[str]:
 
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])\s*[:.)]\s*(.+)$", re.DOTALL)
+# A capital letter standing alone; A and I only where they cannot be an article or a pronoun.
+_LETTER = re.compile(
+    r"(?<![A-Za-z.])(?:([B-HJ-Z])(?![A-Za-z])|([AI])(?=['’”\"*]*\s*(?:[:.,;)!?]|$|or\b|and\b|nor\b|rather\b)))"
+)
+_ANNOUNCED = re.compile(r"\b(?:answer is|answer:|option|choice)\s*['(\"]?([A-Z])\b", re.IGNORECASE)
 
 
 def read_options(text: str, options: Sequence[str]) -> list[str]:
     """The distinct lettered options (``B: ghost cells``) named by letter or by text, in the order of ``options``.
 
-    A letter counts if it is the whole answer, is followed by ``:``, ``.``, ``)``, ``,`` or the end of the answer, or
-    follows "answer is" or "option"; the article in "A gland" therefore does not.
+    A letter counts where it stands alone as a capital (for A: not as an article), after "answer is" or "option", or
+    as the whole answer. Letters inside an option's text ("hepatitis B") do not count.
     """
-    by_letter: dict[str, str] = {}
-    by_text: dict[str, str] = {}
+    letters: dict[str, str] = {}
+    by_text: dict[str, list[str]] = {}
     for option in options:
         match = _OPTION.match(option)
         if match:
-            by_letter[match.group(1)] = option
-            by_text[match.group(2)] = option
-    letters = "".join(by_letter)
-    found = {
-        by_letter[letter]
-        for letter in re.findall(rf"(?<![A-Za-z.])([{letters}])(?=\s*[:.,)!](?![a-z])|\s*$)", text)
-        + re.findall(rf"\b(?:answer is|answer:|option|choice)\s*\(?([{letters}])\b", text, re.IGNORECASE)
-        if letter in by_letter
-    }
-    stripped = text.strip(" ().:").upper()
-    if stripped in by_letter:
-        found.add(by_letter[stripped])
-    found |= {by_text[name] for name in read_choices(text, list(by_text))}
+            letters[match.group(1)] = option
+            by_text.setdefault(_plain(match.group(2)), []).append(option)
+    rest = text
+    for name in sorted(by_text, key=len, reverse=True):
+        rest = re.sub(r"[^0-9a-z]+".join(map(re.escape, name.split())), "", rest, flags=re.IGNORECASE) if name else rest
+    named = {a or b for a, b in _LETTER.findall(rest)} | {letter.upper() for letter in _ANNOUNCED.findall(rest)}
+    named.add(text.strip(" ().:'*\"").upper())
+    found = {letters[letter] for letter in named if letter in letters}
+    for name in read_choices(text, list(by_text)):
+        # Two options of the same text: the letter, if there is one, says which is meant.
+        if not found.intersection(by_text[name]):
+            found.update(by_text[name])
     return [option for option in options if option in found]
 
 

@@ -1,0 +1,42 @@
+"""Compute the scores again from saved answers, with no model and no GPU, and compare them with a saved report.
+
+example:
+  medllava eval rescore answers/answers.jsonl --against answers/report.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from medllava.errors import DataError
+
+HELP = "compute the scores again from saved answers; no model needed"
+
+COMPARED = ("metrics", "ablations", "visual_gain", "unclear")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("answers", type=Path, help="answers.jsonl")
+    parser.add_argument("--questions", "--gt", dest="questions", type=Path, help="default: questions.jsonl beside it")
+    parser.add_argument("--against", type=Path, help="report.json to compare with; a difference is an error")
+    parser.add_argument("--out", type=Path, help="report.json to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from medllava.eval.score import as_text, score_files
+    from medllava.jsonl import read_json, write_json
+
+    report, _ = score_files(arguments.answers, arguments.questions, seed=arguments.seed)
+    rows = report.model_dump(mode="json")
+    if arguments.out:
+        write_json(arguments.out, rows)
+    print(as_text(report))
+    if arguments.against:
+        before = read_json(arguments.against)
+        different = [key for key in COMPARED if before.get(key) != rows[key]]
+        if different:
+            raise DataError(f"{arguments.against}: {', '.join(different)} differ from what the answers give now")
+        print(f"\nthe same scores as {arguments.against}")
+    return 0

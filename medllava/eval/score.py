@@ -1,0 +1,153 @@
+"""Score saved answers: every metric with its 95 % interval, the same without the picture, and the visual gain.
+
+Reads our own question files and answers, and those of Quilt-VQA, PathVQA and PMC-VQA (``*_test_w_ans.json``, answers
+with question_id and text). With --out, writes the report there and verdicts.jsonl beside it; without, prints the
+report as JSON. --legacy gives the numbers of the original evaluation scripts instead, their faults included.
+
+example:
+  medllava eval score --answers answers/answers.jsonl --out answers/report.json
+  medllava eval score --gt quiltvqa_test_w_ans.json --answers quilt_answers.jsonl
+  medllava eval score --gt quiltvqa_test_w_ans.json --answers quilt_answers.jsonl --legacy quilt_eval --quilt
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medllava.errors import ConfigError, DataError
+from medllava.eval.records import Answer, Failure, Metric, Report
+
+if TYPE_CHECKING:
+    from medllava.eval.metrics import Row
+
+HELP = "score saved answers, with intervals and visual gain"
+LEGACY = ("quilt_eval", "pmc_eval", "quilt_gpt_summarize")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--questions", "--gt", dest="questions", type=Path,
+        help="question file with reference answers (default: questions.jsonl beside the answers)",
+    )
+    parser.add_argument("--answers", type=Path, required=True, help="answers.jsonl; for a judge's summary, the reviews")
+    parser.add_argument("--out", type=Path, help="report.json to write; verdicts.jsonl goes beside it")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
+    parser.add_argument("--legacy", choices=LEGACY, help="the numbers of an original script")
+    parser.add_argument("--quilt", action="store_true", help="with --legacy quilt_eval: yes_no_answer is the truth")
+    parser.add_argument("--anchor", type=Path, help="with --legacy: answers whose lengths cut these")
+    parser.add_argument("--context", type=Path, help="with --legacy quilt_gpt_summarize: the captions file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from medllava.jsonl import write_json, write_records
+
+    if arguments.legacy:
+        from medllava.eval import legacy
+
+        result: dict[str, Any] = legacy.run(arguments)
+        if arguments.out:
+            write_json(arguments.out, result)
+        print(json.dumps(result, indent=1))
+        return 0
+    if arguments.quilt or arguments.anchor or arguments.context:
+        raise ConfigError("--quilt, --anchor and --context belong to --legacy")
+    report, rows = score_files(arguments.answers, arguments.questions, seed=arguments.seed)
+    if not arguments.out:
+        print(json.dumps(report.model_dump(mode="json"), indent=1, ensure_ascii=False))
+        return 0
+    from medllava.eval.metrics import verdicts
+
+    write_records(arguments.out.parent / "verdicts.jsonl", verdicts(rows))
+    write_json(arguments.out, report.model_dump(mode="json"))
+    print(as_text(report))
+    print(f"\n{arguments.out}")
+    return 0
+
+
+def score_files(answers: Path, questions: Path | None = None, *, seed: int = 0) -> tuple[Report, list[Row]]:
+    """Score an answers file. Needs no model; the same files give the same report, its date included.
+
+    Raises DataError if a file is missing or does not fit the other.
+    """
+    from medllava.eval import provenance
+    from medllava.eval.benchmarks import questions_hash, read_question_file
+    from medllava.eval.metrics import RESAMPLES, grade_all, summarise
+    from medllava.jsonl import read_records
+
+    source = questions or answers.parent / "questions.jsonl"
+    if not source.exists():
+        raise DataError(f"{source}: no such file; give the question file with --questions")
+    asked, skipped = read_question_file(source)
+    given = [answer for answer in read_answers(answers) if answer.question_id not in skipped]
+    failed = answers.parent / "failed.jsonl"
+    failures = list(read_records(failed, Failure)) if failed.exists() else []
+    rows = grade_all(asked, given, failures)
+    made = provenance.read_run(answers)
+    origin: dict[str, Any] = {
+        **made,
+        "questions_sha256": questions_hash(asked),
+        "answers_sha256": _answers_hash(given),
+        "scoring": {"resamples": RESAMPLES, "seed": seed, "unit": "group"},
+        "versions": made.get("versions") or provenance.versions(),
+        "command": made.get("command") or provenance.command("score"),
+        "date": made.get("date") or provenance.now(),
+    }
+    origin.setdefault("model", ", ".join(sorted({answer.model for answer in given})))
+    report = summarise(rows, origin, seed=seed)
+    if made.get("questions_sha256", origin["questions_sha256"]) != origin["questions_sha256"]:
+        note = "The answers were given to another version of the question file than the one they are scored with."
+        report = report.model_copy(update={"notes": (*report.notes, note)})
+    return report, rows
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Our answers, or any JSON Lines with ``question_id`` and ``text``. Raises DataError naming file and line."""
+    from medllava.jsonl import read_rows
+
+    found = []
+    for number, row in read_rows(path):
+        if "question_id" not in row or not isinstance(row.get("text"), str):
+            raise DataError(f"{path}:{number}: an answer needs 'question_id' and a 'text'")
+        if row.get("condition", "real") not in Answer.model_fields["condition"].annotation.__args__:  # type: ignore[union-attr]
+            raise DataError(f"{path}:{number}: unknown condition {row['condition']!r}")
+        found.append(
+            Answer(
+                question_id=str(row["question_id"]),
+                condition=row.get("condition", "real"),
+                text=row["text"],
+                finish_reason=str(row.get("finish_reason") or "stop"),
+                model=str(row.get("model") or row.get("model_id") or "unknown"),
+            )
+        )
+    if not found:
+        raise DataError(f"{path}: holds no answers")
+    return found
+
+
+def _answers_hash(answers: list[Answer]) -> str:
+    """SHA-256 of the answers whatever the order they were written in."""
+    from medllava.jsonl import to_line
+
+    return hashlib.sha256("".join(sorted(to_line(answer) for answer in answers)).encode()).hexdigest()
+
+
+def as_text(report: Report) -> str:
+    """The report as a table for the terminal."""
+    lines = [f"{'metric':<17}{'real':>7}  {'95 % interval':<16}{'n':>5}{'unscored':>10}{'blank':>8}{'gain':>8}"]
+    for name, found in report.metrics.items():
+        blank = report.ablations.get("blank", {}).get(name)
+        gained = report.visual_gain.get(name)
+        interval = "" if found.low is None else f"{found.low:.3f} to {found.high:.3f}"
+        lines.append(
+            f"{name:<17}{_figure(found):>7}  {interval:<16}{found.n:>5}{found.unscored:>10}"
+            f"{_figure(blank):>8}{_figure(gained, '+.3f'):>8}"
+        )
+    return "\n".join([*lines, *(f"- {note}" for note in report.notes)])
+
+
+def _figure(found: Metric | None, form: str = ".3f") -> str:
+    return "-" if found is None or found.value is None else format(found.value, form)

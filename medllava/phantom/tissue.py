@@ -409,8 +409,8 @@ _ORANGE = (0.02, 0.36, 0.62)
 
 def _absorb(dyes: _Dyes, grain: Plane, stain: Stain) -> Pixels:
     """Light through the dyes, as bytes (H, W, 3): Beer-Lambert with one table per dye and colour."""
-    hematoxylin = _grainy(dyes.hematoxylin, grain, 0.45)
-    eosin = _grainy(dyes.eosin, grain, 0.35)
+    hematoxylin = _grainy(dyes.hematoxylin, grain, 0.35)
+    eosin = _grainy(dyes.eosin, grain, 0.25)
     orange = cv2.GaussianBlur(dyes.orange, (3, 3), 0.7)
     amounts = np.arange(256) / _UNIT
     channels = []

@@ -179,13 +179,12 @@ def create_app(
 
     def load_model() -> None:
         try:
-            outcome: Answerer | Exception = load()
+            model.answerer = load()
         except Exception as error:  # noqa: BLE001 - the command that started the server decides what to say
             model.failed = True
-            outcome = error
+            on_load(error)
         else:
-            model.answerer = outcome
-        on_load(outcome)
+            on_load(model.answerer)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -222,7 +221,8 @@ def create_app(
         answerer = model.ready()
         question = parse(await read_body(request, limits))
         if question.model != answerer.model_id:
-            raise Refused(404, "model_not_found", f"no model {question.model!r} here; this worker serves {answerer.model_id!r}")
+            message = f"no model {question.model!r} here; this worker serves {answerer.model_id!r}"
+            raise Refused(404, "model_not_found", message)
         images = await asyncio.to_thread(open_images, question.image_uris(), limits)
 
         def stream() -> Generator[str, None, Completion]:

@@ -27,8 +27,8 @@ def refusal(error: Exception) -> Refused:
     if is_out_of_memory(error):
         return Refused(
             507, "out_of_memory",
-            "The model ran out of memory on this question. Shorten the conversation or the answer (max_tokens), or start"
-            " the worker with --load-4bit or on a device with more memory.",
+            "The model ran out of memory on this question. Shorten the conversation or the answer (max_tokens), or"
+            " start the worker with --load-4bit or on a device with more memory.",
         )
     if isinstance(error, PromptTooLong):
         return Refused(400, "context_length_exceeded", str(error))

@@ -27,10 +27,19 @@ def with_region(text: str, box: Box | None) -> str:
     if box is None or parse_boxes(text):
         return text
     written = format_box(box)
+    if not parse_boxes(written):
+        # Thinner than the two decimals of a written box: the same place, a hundredth wide.
+        written = format_box(_widened(box))
     if not text:
         return f"What is in the region {written}?"
     named, count = _MENTION.subn(lambda found: f"the {found.group(1).lower()} {written}", text, count=1)
     return named[0].upper() + named[1:] if count else f"{text} Region: {written}"
+
+
+def _widened(box: Box) -> Box:
+    wider = clipped_box(box.x1 - 0.005, box.y1 - 0.005, box.x2 + 0.005, box.y2 + 0.005)
+    assert wider is not None, "a box of the image does not get smaller"
+    return wider
 
 
 def around(point: Point) -> Box:

@@ -32,8 +32,8 @@ class ImageUrl(_Strict):
     def _only_data(cls, url: str) -> str:
         if not url.startswith("data:"):
             raise ValueError(
-                "only data URIs (data:image/png;base64,...) are accepted: this server fetches nothing from a network and"
-                " opens no file for a client"
+                "only data URIs (data:image/png;base64,...) are accepted: this server fetches nothing from a network"
+                " and opens no file for a client"
             )
         return url
 
@@ -51,8 +51,8 @@ def _as_parts(content: Any) -> Any:
 
 
 class Message(_Strict):
-    """One message; a plain text is read as one text part. The fields after ``name`` are what clients send back when they
-    append an answer to the messages; they must be empty."""
+    """One message; a plain text is read as one text part. The fields after ``name`` are what clients send back when
+    they append an answer to the messages; they must be empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[Part], BeforeValidator(_as_parts)]
@@ -160,7 +160,9 @@ class Usage(_Strict):
     total_tokens: int
 
 
-def completion(request_id: str, created: int, model: str, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
+def completion(
+    request_id: str, created: int, model: str, text: str, finish_reason: str, usage: Usage
+) -> dict[str, Any]:
     """A whole answer."""
     choice = {
         "index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "finish_reason": finish_reason,

@@ -9,6 +9,7 @@ The first line on standard output is "listening on http://HOST:PORT"; the model 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import socket
 import sys
@@ -144,10 +145,8 @@ def main(argv: list[str] | None = None) -> int:
             server.should_exit = True
 
         threading.Thread(target=stop_at_end_of_input, daemon=True).start()
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass
     failure = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
     if failure is not None:
         raise load_fault(failure, options.model_path)

@@ -21,6 +21,7 @@ from medllava.conversation import Turn
 from medllava.errors import PromptTooLong
 from medllava.geometry import format_box, parse_boxes
 from medllava.model.answerer import Completion
+from medllava.model.tiny import tiny_checkpoint
 from medllava.serve.app import Limits, create_app
 
 PAUSE_S = 0.02
@@ -100,8 +101,8 @@ def start_worker() -> Iterator[StartWorker]:
     """Start workers with a scripted model; ``load_s`` delays the loading, other arguments go to ``create_app``."""
     stops: list[Callable[[], None]] = []
 
-    def start(*, answerer: ScriptedAnswerer | None = None, load_s: float = 0.0, port: int = 0, **options: Any) -> RunningWorker:
-        model = answerer or ScriptedAnswerer()
+    def start(*, load_s: float = 0.0, port: int = 0, **options: Any) -> RunningWorker:
+        model = ScriptedAnswerer()
 
         def load() -> ScriptedAnswerer:
             time.sleep(load_s)
@@ -132,6 +133,19 @@ def start_worker() -> Iterator[StartWorker]:
 @pytest.fixture
 def worker(start_worker: StartWorker) -> RunningWorker:
     return start_worker(limits=Limits(max_image_mb=1, max_waiting=1))
+
+
+@pytest.fixture
+def scripted() -> ScriptedAnswerer:
+    return ScriptedAnswerer()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a very small model with random weights."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    tiny_checkpoint(folder)
+    return folder
 
 
 @pytest.fixture

@@ -34,6 +34,17 @@ def test_only_the_first_mention_gets_the_box() -> None:
     assert text == "Is the region [0.12, 0.30, 0.45, 0.60] like the region beside it?"
 
 
+@pytest.mark.parametrize(
+    "thin",
+    [(0.2951, 0.1, 0.299, 0.9), (0.0, 0.0, 0.0001, 0.0001), (0.9999, 0.5, 1.0, 0.5001), (0.125, 0.3, 0.1251, 0.31)],
+)
+def test_a_box_thinner_than_two_decimals_stays_a_box(thin: tuple[float, float, float, float]) -> None:
+    box = Box.model_validate(thin)
+    written = parse_boxes(with_region("What is in this region?", box))
+    assert len(written) == 1
+    assert all(abs(a - b) <= 0.011 for a, b in zip(written[0].as_tuple(), thin, strict=True))
+
+
 @pytest.mark.parametrize(("x", "y"), [(0.5, 0.5), (0.0, 0.0), (1.0, 1.0), (0.0, 0.7), (0.97, 0.01)])
 def test_a_point_becomes_a_small_box_that_holds_it(x: float, y: float) -> None:
     point = Point(x=x, y=y)

@@ -55,9 +55,8 @@ def test_a_whole_answer_with_usage(worker: Any, photograph: Path) -> None:
 
 
 def test_a_streamed_answer_with_usage(worker: Any, photograph: Path) -> None:
-    chunks = list(
-        ask(worker, about(photograph, "What is here?"), stream=True, stream_options={"include_usage": True}, max_tokens=3)
-    )
+    question = about(photograph, "What is here?")
+    chunks = list(ask(worker, question, stream=True, stream_options={"include_usage": True}, max_tokens=3))
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
     assert "".join(piece or "" for piece in pieces) == "A gland. [0.10, "
     assert len([piece for piece in pieces if piece]) == 3
@@ -112,7 +111,7 @@ def test_a_file_and_a_web_address_are_refused(worker: Any, photograph: Path) -> 
 
 @pytest.mark.parametrize(
     ("payload", "why"),
-    [(b"no image at all", "not an image"), (b"", "0 bytes"), (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not an image|damaged")],
+    [(b"no image at all", "not an image"), (b"", "0 bytes"), (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not an image|damage")],
 )
 def test_a_bad_image(worker: Any, payload: bytes, why: str) -> None:
     uri = "data:image/png;base64," + base64.b64encode(payload).decode()

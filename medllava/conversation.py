@@ -73,11 +73,13 @@ def sample_from_llava(row: dict[str, Any], where: str = "row") -> InstructionSam
         raise DataError(f"{where}: no 'conversations' list")
     turns: list[Turn] = []
     for number, message in enumerate(row["conversations"]):
-        role = _FROM_LLAVA.get(message.get("from", "")) if isinstance(message, dict) else None
+        role = _FROM_LLAVA.get(str(message.get("from"))) if isinstance(message, dict) else None
         if role is None or not isinstance(message.get("value"), str):
             raise DataError(f"{where}: turn {number} needs 'from' (human, gpt or system) and a text 'value'")
         turns.append(Turn(role=role, text=message["value"]))
     image = row.get("image")
+    if not (image is None or isinstance(image, str | list)):
+        raise DataError(f"{where}: 'image' must be a text or a list of texts, got {type(image).__name__}")
     images = () if image in (None, "", []) else (image,) if isinstance(image, str) else tuple(image)
     if len(images) == 1 and not any(IMAGE_TAG in turn.text for turn in turns):
         first = next((n for n, turn in enumerate(turns) if turn.role == "user"), None)

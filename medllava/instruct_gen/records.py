@@ -96,6 +96,25 @@ class GroundedCaption(_Record):
     phrases: tuple[Phrase, ...]
 
 
+class Clue(_Record):
+    """A remark that supports a case's diagnosis, and when in the video it was made."""
+
+    text: str
+    time_s: float
+
+
+class CaseFacts(_Record):
+    """What a whole video says about its case (one line of ``case_facts.jsonl``). ``diagnosis`` is None where none is
+    said; ``single_case`` is False where the video speaks of several patients or specimens."""
+
+    video: str
+    diagnosis: str | None = None
+    single_case: bool = True
+    clues: tuple[Clue, ...] = ()
+    prompt_hash: str | None = None
+    teacher: str | None = None
+
+
 class Dropped(_Record):
     """Something that did not become a sample: where it came from, why, and the teacher's reply as it came."""
 

@@ -1,0 +1,166 @@
+"""What a run asks the teacher, and the asking itself."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from medllava.errors import ServiceError
+from medllava.instruct_gen.kinds import (
+    DraftSteps,
+    FactsSteps,
+    Task,
+    UnusableReplyError,
+    draft_steps,
+    facts_steps,
+    seeded_fraction,
+)
+from medllava.instruct_gen.prompts import Prompt
+from medllava.instruct_gen.recipe import REASONING_KINDS, GenerateRecipe
+from medllava.instruct_gen.records import CaseFacts, GroundedCaption, Phrase
+from medllava.llm.base import RefusedError, Reply, Request, TextModel, UnansweredError, for_each
+from medllava.llm.budget import BudgetError
+from medllava.llm.cache import ReplyCache
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MOST_UNANSWERED = 8
+"""So many calls in a row without an answer end the run: the endpoint is down."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to ask, in the order in which the results are written."""
+
+    captions: Sequence[GroundedCaption]
+    recipe: GenerateRecipe
+    prompts: dict[str, Prompt]
+
+    def facts_by_video(self) -> Iterator[tuple[str, FactsSteps]]:
+        """The case-facts question of each video, in order of first appearance; none if no kind needs facts."""
+        if not REASONING_KINDS & self.recipe.plans.keys():
+            return
+        phrases: dict[str, list[Phrase]] = {}
+        for caption in self.captions:
+            phrases.setdefault(caption.video, []).extend(caption.phrases)
+        for video, spoken in phrases.items():
+            spoken.sort(key=lambda phrase: phrase.start_s)
+            yield video, facts_steps(video, spoken, self.recipe, self.prompts)
+
+    def tasks(self, facts: dict[str, CaseFacts]) -> Iterator[Task]:
+        """Every sample to be made: by caption, then kind, then number. Reasoning kinds only where ``facts`` has the
+        diagnosis of a single case."""
+        for caption in self.captions:
+            case = facts.get(caption.video)
+            for kind, plan in self.recipe.plans.items():
+                if kind in REASONING_KINDS and not (case and case.diagnosis and case.single_case):
+                    continue
+                if seeded_fraction(self.recipe.seed, "chosen", kind, caption.id) >= plan.fraction:
+                    continue
+                for number in range(1, plan.per_caption + 1):
+                    yield Task(caption, kind, number, case)
+
+    def steps(self, task: Task) -> DraftSteps:
+        return draft_steps(task, self.recipe, self.prompts)
+
+
+@dataclass
+class Trouble:
+    """Why some replies are absent: per sample id or video, and why the whole run stopped early, if it did."""
+
+    failures: dict[str, str] = field(default_factory=dict)
+    stopped: str | None = None
+    unanswered_in_a_row: int = 0
+
+    def why_absent(self, id: str) -> str:
+        return self.failures.get(id) or f"not asked: {self.stopped or 'a reply that it builds on is absent'}"
+
+
+def replay(steps: Generator[Request, Reply, Result], cache: ReplyCache) -> Result:
+    """What ``steps`` return when they are sent the kept replies. Raises LookupError if one is not there."""
+    try:
+        request = next(steps)
+        while True:
+            reply = cache.get(request.key())
+            if reply is None:
+                raise LookupError(f"no reply is kept for {request.key()}")
+            request = steps.send(reply)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+
+
+def read_facts(plan: Plan, cache: ReplyCache) -> Iterator[tuple[str, CaseFacts | UnusableReplyError | None]]:
+    """Per video: its facts out of the kept replies, the fault of the reply, or None where no reply is kept."""
+    for video, steps in plan.facts_by_video():
+        try:
+            yield video, replay(steps, cache)
+        except UnusableReplyError as error:
+            yield video, error
+        except LookupError:
+            yield video, None
+
+
+async def ask_all(plan: Plan, model: TextModel, cache: ReplyCache) -> Trouble:
+    """Ask everything that is not in ``cache`` yet: first the facts of every video, then the samples.
+
+    ``model`` keeps its replies in ``cache``. Raises ServiceError if the endpoint can answer nothing at all.
+    """
+    trouble = Trouble()
+    try:
+        questions = list(plan.facts_by_video())
+        await _ask_each(
+            "case facts", questions, len(questions),
+            lambda question: _drive(*question, model, trouble), plan, cache,
+        )
+        facts = {video: found for video, found in read_facts(plan, cache) if isinstance(found, CaseFacts)}
+        count = sum(1 for _ in plan.tasks(facts))
+        await _ask_each(
+            "samples", plan.tasks(facts), count,
+            lambda task: _drive(task.id, plan.steps(task), model, trouble), plan, cache,
+        )
+    except BudgetError as error:
+        trouble.stopped = str(error)
+    return trouble
+
+
+async def _ask_each(
+    name: str, items: Iterable[Item], count: int, ask: Callable[[Item], Awaitable[None]], plan: Plan, cache: ReplyCache
+) -> None:
+    """Ask under a bar with ETA, and replies, tokens and money beside it."""
+    price = plan.recipe.usd_per_million
+    with tqdm(total=count, desc=name, unit="", smoothing=0.05, disable=not count) as bar:
+
+        async def ask_one(item: Item) -> None:
+            await ask(item)
+            tokens = cache.prompt_tokens + cache.completion_tokens
+            money = f", ${price.usd(cache.prompt_tokens, cache.completion_tokens):.2f}" if price else ""
+            bar.set_postfix_str(f"{len(cache):,} replies, {tokens / 1000:,.0f}k tokens{money}", refresh=False)
+            bar.update()
+
+        await for_each(items, ask_one, plan.recipe.concurrency)
+
+
+async def _drive(id: str, steps: DraftSteps | FactsSteps, model: TextModel, trouble: Trouble) -> None:
+    try:
+        request = next(steps)
+        while True:
+            reply = await model.ask(request)
+            trouble.unanswered_in_a_row = 0
+            request = steps.send(reply)
+    except (StopIteration, UnusableReplyError):
+        return  # What the replies are worth is decided when the files are written.
+    except RefusedError as error:
+        trouble.failures[id] = f"refused: {error}"
+    except UnansweredError as error:
+        trouble.failures[id] = f"no reply: {error}"
+        trouble.unanswered_in_a_row += 1
+        if trouble.unanswered_in_a_row >= MOST_UNANSWERED:
+            raise ServiceError(
+                f"{error}; gave up after {MOST_UNANSWERED} calls in a row without an answer."
+                " Run the same command again to go on"
+            ) from error

@@ -1,0 +1,118 @@
+"""From kept replies to the result files: a pure function of captions, recipe, prompts and replies.
+
+Nothing depends on the order in which replies came, so runs with any concurrency, and runs that were killed and taken up
+again, write the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from medllava.conversation import IMAGE_TAG, InstructionSample, Provenance, Turn
+from medllava.instruct_gen.asking import Plan, Trouble, read_facts, replay
+from medllava.instruct_gen.gates import NearDuplicates, first_fault
+from medllava.instruct_gen.kinds import Draft, Task, UnusableReplyError, seeded_fraction
+from medllava.instruct_gen.recipe import GenerateRecipe
+from medllava.instruct_gen.records import CaseFacts, Dropped
+from medllava.jsonl import write_json, write_records
+from medllava.llm.cache import ReplyCache
+
+
+def write_results(plan: Plan, cache: ReplyCache, trouble: Trouble, out: Path) -> dict[str, Any]:
+    """Write every result file into ``out``; returns what is in summary.json."""
+    facts: dict[str, CaseFacts] = {}
+    dropped: list[Dropped] = []
+    for video, found in read_facts(plan, cache):
+        if isinstance(found, CaseFacts):
+            facts[video] = found
+        else:
+            reason = found.reason if found else trouble.why_absent(video)
+            dropped.append(Dropped(id=f"{video} (case facts)", reason=reason, raw=found.raw if found else None))
+    videos = list(dict.fromkeys(caption.video for caption in plan.captions))
+    split = split_videos(videos, plan.recipe.val_fraction, plan.recipe.seed)
+    rows: list[tuple[str, dict[str, Any]]] = []
+
+    def samples() -> Iterator[InstructionSample]:
+        duplicates = NearDuplicates()
+        for task in plan.tasks(facts):
+            result = _sample_or_drop(task, plan, cache, trouble, duplicates)
+            if isinstance(result, Dropped):
+                dropped.append(result)
+            else:
+                rows.append((split[task.caption.video], result.to_llava()))
+                yield result
+
+    write_records(out / "samples.jsonl", samples())
+    write_records(out / "dropped.jsonl", dropped)
+    write_records(out / "case_facts.jsonl", facts.values())
+    write_json(out / "llava.json", [row for _, row in rows])
+    for part in ("train", "val"):
+        write_json(out / f"{part}.json", [row for place, row in rows if place == part])
+    write_json(out / "split.json", split)
+    summary = _summary(plan, cache, [row["kind"] for _, row in rows], dropped)
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def split_videos(videos: Sequence[str], val_fraction: float, seed: int) -> dict[str, str]:
+    """``train`` or ``val`` for each video, by a seeded hash of its name without the extension.
+
+    A video keeps its part when others are added. If a part was asked for and there are two videos or more, at least
+    one is in val and at least one in train.
+    """
+    places = {Path(video).stem: seeded_fraction(seed, "split", Path(video).stem) for video in videos}
+    by_place = sorted(places, key=lambda stem: (places[stem], stem))
+    val = {stem for stem, place in places.items() if place < val_fraction}
+    if val_fraction > 0 and len(places) > 1:
+        val = (val or {by_place[0]}) - (set() if len(val) < len(places) else {by_place[-1]})
+    return {video: "val" if Path(video).stem in val else "train" for video in videos}
+
+
+def _sample_or_drop(
+    task: Task, plan: Plan, cache: ReplyCache, trouble: Trouble, duplicates: NearDuplicates
+) -> InstructionSample | Dropped:
+    try:
+        draft = replay(plan.steps(task), cache)
+    except UnusableReplyError as error:
+        return Dropped(id=task.id, reason=error.reason, raw=error.raw)
+    except LookupError:
+        return Dropped(id=task.id, reason=trouble.why_absent(task.id))
+    boxes = [phrase.box for phrase in task.caption.phrases if phrase.box]
+    diagnosis = task.facts.diagnosis if task.facts else None
+    reason = first_fault(task.kind, draft.turns, boxes, diagnosis)
+    reason = reason or duplicates.fault(task.caption.image, draft.turns)
+    if reason:
+        return Dropped(id=task.id, reason=reason, raw=draft.raw)
+    return _sample(task, draft, plan.recipe)
+
+
+def _sample(task: Task, draft: Draft, recipe: GenerateRecipe) -> InstructionSample:
+    first, *rest = draft.turns
+    behind = recipe.image_position == "random" and seeded_fraction(recipe.seed, "image", task.id) < 0.5
+    asked = f"{first.text}\n{IMAGE_TAG}" if behind else f"{IMAGE_TAG}\n{first.text}"
+    phrases = task.caption.phrases
+    return InstructionSample(
+        id=task.id, kind=task.kind, images=(task.caption.image,), turns=(Turn(role="user", text=asked), *rest),
+        provenance=Provenance(
+            video=task.caption.video, chunk=task.caption.id, prompt_hash=draft.prompt_hash, teacher=draft.teacher,
+            start_s=min((phrase.start_s for phrase in phrases), default=None),
+            end_s=max((phrase.end_s for phrase in phrases), default=None),
+        ),
+    )
+
+
+def _summary(plan: Plan, cache: ReplyCache, kinds: list[str], dropped: list[Dropped]) -> dict[str, Any]:
+    price = plan.recipe.usd_per_million
+    return {
+        "kept": {kind: kinds.count(kind) for kind in plan.recipe.plans},
+        "dropped": dict(sorted(Counter(row.reason.partition(":")[0] for row in dropped).items())),
+        "replies": len(cache),
+        "prompt_tokens": cache.prompt_tokens,
+        "completion_tokens": cache.completion_tokens,
+        "usd": round(price.usd(cache.prompt_tokens, cache.completion_tokens), 4) if price else None,
+        "recipe": plan.recipe.model_dump(mode="json", exclude={"prompts", "concurrency"}),
+        "prompts": {name: prompt.hash for name, prompt in plan.prompts.items()},
+    }

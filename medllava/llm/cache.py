@@ -1,0 +1,112 @@
+"""Replies kept on disk as they arrive, so that no finished call is ever paid for twice."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from medllava.errors import ConfigError
+from medllava.jsonl import Appender, to_line
+from medllava.llm.base import Reply, Request, TextModel
+
+log = logging.getLogger(__name__)
+
+
+class ReplyCache:
+    """Replies by request key in one append-only JSON Lines file; use as a context manager.
+
+    Each reply reaches the operating system before ``put`` returns, so a killed process loses none; a half-written
+    last line is cut off at the next start. Memory holds a key and a file offset per reply, not the replies.
+    Raises ConfigError if another process has the file open for writing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self._offsets: dict[bytes, int] = {}
+        self._appender = Appender(path)
+
+    def __enter__(self) -> ReplyCache:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = self.path.open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise ConfigError(f"{self.path}: another run is writing here; wait, or choose another --out") from error
+        self._appender.__enter__()
+        self._reader = self.path.open("rb")
+        self._end = 0
+        unreadable = 0
+        for line in self._reader:
+            try:
+                row = json.loads(line)
+                self._remember(row["key"], Reply.model_validate(row["reply"]))
+            except (ValueError, KeyError, TypeError):
+                unreadable += 1
+            self._end += len(line)
+        if unreadable:
+            log.warning("%s: %d unreadable lines; those calls will be made again", self.path, unreadable)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.close()
+        self._appender.__exit__()
+        self._lock.close()
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __contains__(self, key: str) -> bool:
+        return bytes.fromhex(key) in self._offsets
+
+    def get(self, key: str) -> Reply | None:
+        """The reply kept under ``key``, or None."""
+        offset = self._offsets.get(bytes.fromhex(key))
+        if offset is None:
+            return None
+        self._reader.seek(offset)
+        return Reply.model_validate(json.loads(self._reader.readline())["reply"])
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Keep ``reply`` under ``key``, now."""
+        row: dict[str, Any] = {"key": key, "reply": reply.model_dump(mode="json")}
+        self._appender.write(row)
+        self._remember(key, reply)
+        self._end += len(to_line(row).encode())
+
+    def _remember(self, key: str, reply: Reply) -> None:
+        self._offsets[bytes.fromhex(key)] = self._end
+        self.prompt_tokens += reply.prompt_tokens
+        self.completion_tokens += reply.completion_tokens
+
+
+
+class CachedModel:
+    """A text model that answers from ``cache`` where it can; equal requests in flight at once become one call."""
+
+    def __init__(self, inner: TextModel, cache: ReplyCache) -> None:
+        self.inner = inner
+        self.cache = cache
+        self._pending: dict[str, asyncio.Task[Reply]] = {}
+
+    async def ask(self, request: Request) -> Reply:
+        key = request.key()
+        kept = self.cache.get(key)
+        if kept is not None:
+            return kept
+        if key not in self._pending:
+            task = asyncio.create_task(self._ask(key, request))
+            self._pending[key] = task
+            task.add_done_callback(lambda _: self._pending.pop(key, None))
+        return await asyncio.shield(self._pending[key])
+
+    async def _ask(self, key: str, request: Request) -> Reply:
+        reply = await self.inner.ask(request)
+        self.cache.put(key, reply)
+        return reply

@@ -1,0 +1,194 @@
+"""Asking any OpenAI-compatible endpoint (OpenAI, Azure, vLLM, SGLang, llama.cpp, Ollama, our own worker).
+
+Retries are the ``openai`` client's own: 408, 409, 429, 5xx, timeouts and dropped connections, with exponential waits
+and ``Retry-After`` honoured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+
+from medllava.errors import ConfigError, ServiceError
+from medllava.llm.base import (
+    RefusedError,
+    Reply,
+    Request,
+    UnansweredError,
+    estimate_prompt_tokens,
+    estimate_tokens,
+)
+
+DEFAULT_BASE_URL = "https://api.openai.com/v1"
+
+_FORMATS = ("json_schema", "json_object", "plain")
+
+
+def is_loopback(base_url: str) -> bool:
+    """Whether calls to ``base_url`` stay on this machine."""
+    host = urlsplit(base_url).hostname or ""
+    return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+def resolve_base_url(base_url: str | None) -> str:
+    """The endpoint to ask: the argument, else the environment's OPENAI_BASE_URL, else OpenAI's own."""
+    url = base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ConfigError(f"--base-url {url}: expected something like http://127.0.0.1:8000/v1")
+    return url.rstrip("/")
+
+
+def resolve_api_key(base_url: str, api_key_file: Path | None = None) -> str:
+    """The key to send: from the file, else from OPENAI_API_KEY, else ``none`` for an endpoint on this machine."""
+    if api_key_file is not None:
+        try:
+            key = api_key_file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ConfigError(f"--api-key-file {api_key_file}: cannot be read ({error.strerror})") from error
+        if not key:
+            raise ConfigError(f"--api-key-file {api_key_file}: the file is empty")
+        return key
+    key = os.environ.get("OPENAI_API_KEY", "")
+    if key or is_loopback(base_url):
+        return key or "none"
+    raise ConfigError(f"{base_url} needs a key: set OPENAI_API_KEY or give --api-key-file")
+
+
+class OpenAIModel:
+    """A :class:`~medllava.llm.base.TextModel` behind HTTP. At most ``concurrency`` calls are in flight.
+
+    Structured output is asked for as ``json_schema``; if the endpoint refuses that (HTTP 400 or 422), as
+    ``json_object`` with the schema in the prompt, then in the prompt alone. What worked is kept for the next calls.
+    """
+
+    def __init__(
+        self, base_url: str, api_key: str = "none", *, concurrency: int = 16, max_retries: int = 6,
+        timeout_s: float = 180.0,
+    ) -> None:
+        self.base_url = base_url
+        self.max_retries = max_retries
+        self._slots = asyncio.Semaphore(concurrency)
+        self._format = 0
+        self._limit_name = "max_tokens"
+        # A proxy from the environment must not stand between this machine and itself.
+        http = openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(base_url))
+        self._client = openai.AsyncOpenAI(
+            base_url=base_url, api_key=api_key, max_retries=max_retries, timeout=timeout_s, http_client=http
+        )
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def ask(self, request: Request) -> Reply:
+        """The endpoint's reply.
+
+        Raises RefusedError for a request that it will not take, UnansweredError when retries ran out, ServiceError
+        where no request can succeed (key, address, model name, quota).
+        """
+        async with self._slots:
+            try:
+                return await self._ask_in_some_format(request)
+            except openai.BadRequestError as error:
+                raise RefusedError(f"{self.base_url}: HTTP 400: {_message(error)}") from error
+            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+                raise ServiceError(
+                    f"{self.base_url}: HTTP {error.status_code} for model {request.model!r}: {_message(error)};"
+                    " check --base-url, --model and the API key"
+                ) from error
+            except openai.RateLimitError as error:
+                if error.code == "insufficient_quota":
+                    raise ServiceError(f"{self.base_url}: the account's quota is used up: {_message(error)}") from error
+                raise UnansweredError(
+                    f"{self.base_url}: HTTP 429 after {self.max_retries} retries; lower --concurrency"
+                ) from error
+            except openai.APIStatusError as error:
+                kind = UnansweredError if error.status_code >= 500 or error.status_code in {408, 409} else RefusedError
+                raise kind(f"{self.base_url}: HTTP {error.status_code}: {_message(error)}") from error
+            except openai.APIConnectionError as error:
+                raise UnansweredError(
+                    f"{self.base_url}: no answer after {self.max_retries} retries ({error.__cause__ or error})"
+                ) from error
+            except openai.APIError as error:
+                raise UnansweredError(f"{self.base_url}: {_message(error)}") from error
+
+    async def _ask_in_some_format(self, request: Request) -> Reply:
+        form = self._format if request.schema else len(_FORMATS) - 1
+        while True:
+            limit_name = self._limit_name
+            try:
+                reply = await self._send(request, _FORMATS[form], limit_name)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                if limit_name == "max_tokens" and "max_completion_tokens" in _message(error):
+                    self._limit_name = "max_completion_tokens"
+                elif form + 1 < len(_FORMATS):
+                    form += 1
+                else:
+                    raise
+                continue
+            if request.schema:
+                self._format = max(self._format, form)
+            return reply
+
+    async def _send(self, request: Request, form: str, limit_name: str) -> Reply:
+        sampling = request.sampling
+        body: dict[str, Any] = {"model": request.model, "messages": list(request.messages)}
+        body |= {name: value for name in ("temperature", "top_p", "seed")
+                 if (value := getattr(sampling, name)) is not None}
+        body[limit_name] = sampling.max_tokens
+        if request.schema and form == "json_schema":
+            described = {"name": request.schema_name, "schema": request.schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": described}
+        elif request.schema:
+            body["messages"] = _with_schema_in_words(request)
+            if form == "json_object":
+                body["response_format"] = {"type": "json_object"}
+        for attempt in range(self.max_retries + 1):
+            raw = await self._client.chat.completions.with_raw_response.create(
+                **body, extra_body=sampling.extra_body or None
+            )
+            try:
+                return _to_reply(raw.http_response.json(), request)
+            except (ValueError, KeyError, IndexError, TypeError) as error:
+                # A body cut off by a proxy, or none of ours: transient as often as not.
+                problem = error
+                await asyncio.sleep(min(0.5 * 2**attempt, 8.0))
+        raise UnansweredError(
+            f"{self.base_url}: the body of the answer is not a chat completion ({type(problem).__name__}: {problem})"
+        )
+
+
+def _to_reply(body: Any, request: Request) -> Reply:
+    choice = body["choices"][0]
+    message = choice["message"]
+    text, reason = message.get("content"), choice.get("finish_reason") or "stop"
+    if text is None and message.get("refusal"):
+        text, reason = message["refusal"], "refusal"
+    usage = body.get("usage") or {}
+    return Reply(
+        text=text or "", model=body.get("model") or request.model, finish_reason=reason,
+        prompt_tokens=usage.get("prompt_tokens") or estimate_prompt_tokens(request),
+        completion_tokens=usage.get("completion_tokens") or estimate_tokens(text or ""),
+    )
+
+
+def _with_schema_in_words(request: Request) -> list[dict[str, Any]]:
+    """The messages with the schema at the end of the last one: some chat templates refuse two user turns in a row."""
+    *earlier, last = request.messages
+    words = (
+        "\n\nReply with one JSON object and nothing else. It must match this JSON schema:\n"
+        + json.dumps(request.schema, ensure_ascii=False)
+    )
+    content = last["content"]
+    extended = content + words if isinstance(content, str) else [*content, {"type": "text", "text": words}]
+    return [*earlier, {**last, "content": extended}]
+
+
+def _message(error: openai.APIError) -> str:
+    return " ".join(str(error.message).split())[:300]

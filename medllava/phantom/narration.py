@@ -85,7 +85,7 @@ def welcome(rng: np.random.Generator) -> str:
 
 def speaking_s(rng: np.random.Generator, text: str, shortest: float = 2.0) -> float:
     """How long a sentence takes to say, ``shortest`` to 3 s."""
-    natural = 0.3 + 0.21 * len(text.split()) + rng.uniform(0.0, 0.2)
+    natural = 0.2 + 0.2 * len(text.split()) + rng.uniform(0.0, 0.2)
     return float(np.clip(natural, shortest, 3.0))
 
 

@@ -27,6 +27,13 @@ def is_done(out: Path, seed: int, index: int, settings: Settings) -> bool:
     return True
 
 
+def use_one_thread() -> None:
+    """Keep the drawing library of a worker process to one core; the workers share the others."""
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
 def make_case(out: Path, seed: int, index: int, settings: Settings) -> str:
     """Plan, render and write one case; the truth comes last, so its presence means that the case is whole.
 

@@ -27,7 +27,7 @@ _GAP = 1.12
 """Pitch of the fields on the slide in field sizes: two windows never share tissue."""
 _OBJECTIVE = 20
 _ZOOMS = (1.0, 1.0, 1.0, 1.5)
-_ASIDE_SHARE = 0.2
+_ASIDE_SHARE = 0.15
 _LEAD_S = 0.3
 """The pointer is at a finding this long before its name is spoken."""
 
@@ -197,7 +197,7 @@ class _Speaker:
         return end
 
     def _pause(self) -> float:
-        return float(self.rng.uniform(0.5, 0.65))
+        return float(self.rng.uniform(0.45, 0.6))
 
     def _free_place(self, findings: list[Finding]) -> tuple[float, float] | None:
         """A place to put the pointer that covers no finding and no inset, or None if none was found."""

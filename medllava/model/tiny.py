@@ -182,17 +182,15 @@ def assemble(vision_tower: Any, language_model: Any, tokenizer: Any, *, feature_
         tie_word_embeddings=False,
     )
     model = LlavaForConditionalGeneration(config)
-    load_strictly(model.model.vision_tower, vision_tower.state_dict())
-    load_strictly(model.model.language_model, language_model.model.state_dict())
-    load_strictly(model.lm_head, language_model.lm_head.state_dict())
+    # Transformers keeps the encoder itself one level down in some versions.
+    tower, source = (getattr(part, "vision_model", part) for part in (model.model.vision_tower, vision_tower))
+    tower.load_state_dict(source.state_dict(), strict=True)
+    model.model.language_model.load_state_dict(language_model.model.state_dict(), strict=True)
+    model.lm_head.load_state_dict(language_model.lm_head.state_dict(), strict=True)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model
-
-
-def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    module.load_state_dict(state, strict=True)
 
 
 def tiny_model(

@@ -1,0 +1,79 @@
+"""``python -m medllava.train``: train one stage from a recipe; ``python -m medllava.train preview``: see what is supervised.
+
+example: python -m medllava.train --config train/recipes/demo_stage1.yaml --data llava.json --images frames \\
+             --init-from demo-out/stage0 --out demo-out/stage1 optim.learning_rate=1e-3
+example: python -m medllava.train preview --tokenizer demo-out/stage1 --chat-format medllava --data llava.json --out seen.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from medllava.errors import run_cli
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["preview"]:
+        return _preview(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="medllava train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="recipe (YAML)")
+    parser.add_argument("--data", type=Path, required=True, help="training data (LLaVA JSON)")
+    parser.add_argument("--images", type=Path, required=True, help="folder that image paths in the data start from")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run and its checkpoint")
+    parser.add_argument("--init-from", type=Path, help="checkpoint folder to start from (every stage but foundation)")
+    parser.add_argument("--eval-data", type=Path, help="validation data (LLaVA JSON, same image folder)")
+    parser.add_argument("--captions", type=Path, help="captions.jsonl whose boxed phrases the foundation stage learns too")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
+    parser.add_argument("--plan", action="store_true", help="say what trains, tokens, steps and memory, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("medllava").setLevel(logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+    from medllava.train.config import load_training_recipe
+
+    recipe = load_training_recipe(given.config, given.overrides)
+
+    from medllava.train.loop import STOPPED, Stopped
+    from medllava.train.run import Paths, run
+
+    paths = Paths(given.data, given.images, given.out, given.init_from, given.eval_data, given.captions)
+    try:
+        run(recipe, paths, resume=given.resume, plan=given.plan)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def _preview(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="medllava train preview", description="Write ids, labels, prompt and supervised text of every sample."
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer or a checkpoint")
+    parser.add_argument("--chat-format", required=True, help="plain, vicuna_v1, medllava, or template (the folder's own)")
+    parser.add_argument("--data", type=Path, required=True, help="training data (LLaVA JSON)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON Lines to write")
+    parser.add_argument("--tokens-per-image", type=int, default=None, help="default: the checkpoint's; 1 for a tokenizer")
+    parser.add_argument("--max-length", type=int, default=None)
+    given = parser.parse_args(arguments)
+
+    from medllava.train.preview import preview
+
+    count = preview(
+        given.tokenizer, given.chat_format, given.data, given.out, tokens_per_image=given.tokens_per_image,
+        max_length=given.max_length,
+    )
+    print(f"wrote {count} samples to {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,176 @@
+"""Recipes of the training stages: every number that decides what a run computes.
+
+stage ``foundation``: builds and trains the small parts that a demo without pretrained weights needs.
+stage ``projector``: stage 1 of LLaVA. ``lora``, ``full``: stage 2.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from medllava.config import Recipe, load_recipe
+from medllava.errors import ConfigError
+from medllava.model.tiny import TextSizes, TokenizerSizes, VisionSizes
+
+Schedule = Literal["cosine", "onecycle", "constant"]
+
+
+class Optim(Recipe):
+    """How long and how fast to learn. AdamW.
+
+    Exactly one of ``steps`` (of the optimizer) and ``epochs`` (passes over the data).
+    batch_size: samples per optimizer step over all processes, taken in ``accumulate`` equal pieces; the loss is the mean
+        over the supervised tokens of the whole batch, so that the split does not change it.
+    schedule: ``cosine`` rises linearly during ``warmup`` (fraction of the steps), then falls to zero; ``onecycle`` rises
+        from 1/25 and falls along cosines; ``constant`` stays after the rise.
+    """
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    learning_rate: float = Field(gt=0)
+    schedule: Schedule = "cosine"
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+
+    @model_validator(mode="after")
+    def _length(self) -> Optim:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("set exactly one of steps and epochs")
+        if self.batch_size % self.accumulate:
+            raise ValueError("batch_size must be a multiple of accumulate")
+        return self
+
+
+class _Stage(Recipe):
+    """What every stage has.
+
+    seed: of weights, order, flips, dropout. threads: of PyTorch; by default left alone, or at most 2 for a tiny model,
+        which more threads slow down. Keys of several stages: ``kinds`` uses only samples of these kinds;
+        ``kind_weights`` says how often a sample of a kind comes in an epoch (1 by default; 0 never; fractions take a
+        different part each epoch); ``flip`` mirrors pictures at random, with the boxes and words of place in their texts.
+    log_every, save_every: steps. A run goes on from its last save; it also saves when it is told to stop.
+    """
+
+    seed: int = 0
+    threads: int | None = Field(default=None, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    save_every: int = Field(default=200, ge=1)
+
+
+class Contrastive(Recipe):
+    """Stage 0a: CLIP's symmetric loss on pictures and captions (Radford et al. 2021), and a term on regions.
+
+    kinds: of the samples whose answers are captions. region_weight: of the loss that contrasts a box's patches with the
+        text said about it (0: off). regions_per_image: at most so many boxes of a picture in a batch. temperature: at
+        the start; it is learned.
+    """
+
+    optim: Optim
+    kinds: tuple[str, ...] = ("caption",)
+    region_kinds: tuple[str, ...] = ("grounding",)
+    flip: bool = False
+    projection_dim: int = 64
+    text_layers: int = 2
+    text_positions: int = 77
+    temperature: float = 0.07
+    caption_weight: float = Field(default=1.0, ge=0)
+    region_weight: float = Field(default=0.0, ge=0)
+    regions_per_image: int = Field(default=4, ge=1)
+
+
+class Language(Recipe):
+    """Stage 0b: next-word prediction on the texts of the conversations, without pictures.
+
+    supervise: ``all`` text or only the assistant's ``answers``.
+    """
+
+    optim: Optim
+    kinds: tuple[str, ...] | None = None
+    kind_weights: dict[str, float] = {}
+    flip: bool = False
+    max_length: int = 512
+    supervise: Literal["all", "answers"] = "all"
+
+
+class FoundationRecipe(_Stage):
+    """Stage 0: tokenizer, image encoder (0a) and language model (0b) from nothing, joined in one LLaVA folder whose
+    projector is untrained. Only the demo needs it: real runs start from pretrained parts."""
+
+    stage: Literal["foundation"]
+    tokenizer: TokenizerSizes = TokenizerSizes()
+    vision: VisionSizes = VisionSizes()
+    text: TextSizes = TextSizes()
+    contrastive: Contrastive
+    language: Language
+
+
+class Lora(Recipe):
+    """Adapters on every linear layer of the language model but the output head (Hu et al. 2021)."""
+
+    r: int = Field(default=128, ge=1)
+    alpha: float = 256
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class TuneRecipe(_Stage):
+    """Stages 1 and 2 on a LLaVA checkpoint (``--init-from``).
+
+    chat_format: see :mod:`medllava.model.prompt`; by default the checkpoint's own.
+    projector_learning_rate: of the projector, if not the same. tower_learning_rate: with ``tower_layers`` > 0, so many
+        last layers of the image encoder are trained too.
+    max_length: tokens, pictures included; whole trailing exchanges are dropped from longer samples.
+    length_grouping: samples of like length share a batch. cache_features: keep the frozen encoder's output in memory
+        instead of computing it every time (``auto``: if it fits in ``cache_limit_gb``).
+    precision: ``auto`` is bfloat16 on CUDA, else float32. Trained weights are always float32.
+    eval_every: steps between validation losses (``--eval-data``).
+    """
+
+    stage: Literal["projector", "lora", "full"]
+    optim: Optim
+    chat_format: str | None = None
+    kinds: tuple[str, ...] | None = None
+    kind_weights: dict[str, float] = {}
+    flip: bool = False
+    lora: Lora = Lora()
+    projector_learning_rate: float | None = Field(default=None, gt=0)
+    tower_layers: int = Field(default=0, ge=0)
+    tower_learning_rate: float | None = Field(default=None, gt=0)
+    max_length: int = Field(default=2048, ge=8)
+    length_grouping: bool = True
+    cache_features: Literal["auto"] | bool = "auto"
+    cache_limit_gb: float = 2.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+    workers: int = Field(default=0, ge=0)
+    eval_every: int = Field(default=200, ge=1)
+    training_mpp: float | None = None
+
+
+def load_training_recipe(path: Path, overrides: list[str]) -> FoundationRecipe | TuneRecipe:
+    """Read a recipe as what its ``stage`` says. Raises ConfigError."""
+    stage = _stage(path, overrides)
+    if stage == "foundation":
+        return load_recipe(path, FoundationRecipe, overrides)
+    return load_recipe(path, TuneRecipe, overrides)
+
+
+def _stage(path: Path, overrides: list[str]) -> str:
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return "unreadable"  # load_recipe says what is wrong
+    stage = values.get("stage") if isinstance(values, dict) else None
+    for override in overrides:
+        if override.startswith("stage="):
+            stage = override.removeprefix("stage=")
+    if stage is None and isinstance(values, dict):
+        raise ConfigError(f"{path}: no 'stage'; set it to foundation, projector, lora or full")
+    return str(stage)

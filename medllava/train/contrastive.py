@@ -1,0 +1,211 @@
+"""Stage 0a: the demo's image encoder, trained on pictures with captions and on boxes with what was said about them.
+
+It exists only because the demo has no pretrained encoder; real runs start from one. The loss is CLIP's (Radford et al.
+2021): each picture against all captions of the batch and each caption against all pictures; equal captions count as
+equally right. The region term contrasts the mean of the patches under a box with all distinct texts about boxes in the
+batch, which teaches the encoder where things are, not only that they are there.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from medllava.conversation import InstructionSample
+from medllava.errors import DataError
+from medllava.geometry import Box, parse_boxes, strip_boxes
+from medllava.images import load_image
+from medllava.jsonl import read_rows
+from medllava.model.pixels import pixel_values
+from medllava.train.augment import choose_variant, flip_box, flip_pixels, flip_text
+from medllava.train.config import Contrastive
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture, the captions about it as a whole, and its boxes with a text each."""
+
+    image: str
+    size: tuple[int, int]
+    captions: tuple[str, ...]
+    regions: tuple[tuple[Box, str], ...]
+
+
+@dataclass(frozen=True)
+class ContrastiveBatch:
+    """pixels (images, 3, side, side). tokens (texts, length): captions first, then the distinct region texts.
+
+    caption_rows: picture of each caption. region_rows, region_weights (regions, patches; each row sums to 1),
+    region_targets: index of each region's text among the region texts.
+    """
+
+    ids: tuple[str, ...]
+    pixels: torch.Tensor
+    tokens: torch.Tensor
+    caption_rows: torch.Tensor
+    caption_classes: torch.Tensor
+    region_rows: torch.Tensor
+    region_weights: torch.Tensor
+    region_targets: torch.Tensor
+    weight: int = 1
+
+    def to(self, device: torch.device | str) -> ContrastiveBatch:
+        if str(device) == "cpu":
+            return self
+        return ContrastiveBatch(**{
+            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()
+        })
+
+
+def read_pairs(
+    samples: Sequence[InstructionSample], recipe: Contrastive, images: Path, captions_file: Path | None
+) -> list[Pair]:
+    """Captions from samples of ``recipe.kinds``; regions from samples of ``recipe.region_kinds`` (a question with one box
+    and an answer without) and from the phrases with boxes in ``captions.jsonl``. Raises DataError if there is nothing."""
+    captions: dict[str, list[str]] = {}
+    regions: dict[str, list[tuple[Box, str]]] = {}
+    for sample in samples:
+        if len(sample.images) != 1:
+            continue
+        image = sample.images[0]
+        if sample.kind in recipe.kinds:
+            captions.setdefault(image, []).extend(
+                strip_boxes(turn.text) for turn in sample.turns if turn.role == "assistant" and strip_boxes(turn.text)
+            )
+        if sample.kind in recipe.region_kinds:
+            for asked, told in zip(sample.turns, sample.turns[1:], strict=False):
+                boxes = parse_boxes(asked.text)
+                if asked.role == "user" and told.role == "assistant" and len(boxes) == 1 and not parse_boxes(told.text):
+                    regions.setdefault(image, []).append((boxes[0], told.text.strip()))
+    if captions_file is not None:
+        for number, row in read_rows(captions_file):
+            try:
+                boxed = [
+                    (Box.model_validate(phrase["box"]), str(phrase["text"]).strip())
+                    for phrase in row["phrases"] if phrase.get("box")
+                ]
+                regions.setdefault(str(row["image"]), []).extend(boxed)
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(f"{captions_file}:{number}: not a caption with phrases and boxes ({error})") from error
+    names = sorted(captions.keys() | (regions.keys() if recipe.region_weight else set()))
+    if not names:
+        raise DataError(
+            f"no pictures with captions for contrastive training: no sample of kind {', '.join(recipe.kinds)}, and no boxes"
+        )
+    pairs = []
+    for name in names:
+        size = load_image(images / name).size
+        pairs.append(Pair(name, size, tuple(captions.get(name, ())), tuple(regions.get(name, ()))))
+    return pairs
+
+
+class ContrastiveData:
+    """Pixels of all pictures in memory, and batches of them for any step."""
+
+    def __init__(
+        self, pairs: Sequence[Pair], recipe: Contrastive, *, images: Path, processor: Any, patches: int, seed: int
+    ) -> None:
+        self._pairs = pairs
+        self._recipe = recipe
+        self._tokenizer = processor.tokenizer
+        self._grid = round(patches**0.5)
+        self._seed = seed
+        self._tokens: dict[str, torch.Tensor] = {}
+        # Half precision halves the memory; the pictures have 8 bits.
+        self._pixels = [
+            pixel_values(processor.image_processor, [load_image(images / pair.image)])[0].half()
+            for pair in tqdm(pairs, desc="read images", unit="image", mininterval=0.5)
+        ]
+
+    def make(self, epoch: int, indices: list[int]) -> list[ContrastiveBatch]:
+        recipe = self._recipe
+        pixels, texts, caption_rows = [], [], []
+        regions: list[tuple[int, torch.Tensor, str]] = []
+        for row, index in enumerate(indices):
+            pair = self._pairs[index]
+            rng = random.Random(f"pair/{self._seed}/{epoch}/{index}")
+            variant = choose_variant(self._seed, epoch, index) if recipe.flip else 0
+            pixels.append(flip_pixels(self._pixels[index].float(), variant))
+            if pair.captions:
+                texts.append(flip_text(rng.choice(pair.captions), variant))
+                caption_rows.append(row)
+            if recipe.region_weight:
+                chosen = rng.sample(pair.regions, min(len(pair.regions), recipe.regions_per_image))
+                for box, text in chosen:
+                    weights = patch_weights(flip_box(box, variant), pair.size, self._grid)
+                    regions.append((row, weights, flip_text(text, variant)))
+        classes = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        region_texts = {text: number for number, text in enumerate(dict.fromkeys(text for _, _, text in regions))}
+        return [ContrastiveBatch(
+            ids=tuple(self._pairs[index].image for index in indices),
+            pixels=torch.stack(pixels),
+            tokens=self._encode([*texts, *region_texts]),
+            caption_rows=torch.tensor(caption_rows, dtype=torch.long),
+            caption_classes=torch.tensor([classes[text] for text in texts], dtype=torch.long),
+            region_rows=torch.tensor([row for row, _, _ in regions], dtype=torch.long),
+            region_weights=torch.stack([weights for _, weights, _ in regions]) if regions else torch.zeros(0, self._grid**2),
+            region_targets=torch.tensor([region_texts[text] for _, _, text in regions], dtype=torch.long),
+        )]
+
+    def _encode(self, texts: Sequence[str]) -> torch.Tensor:
+        """(texts, longest) ids with the end token, padded on the right."""
+        for text in texts:
+            if text not in self._tokens:
+                ids = self._tokenizer(text, add_special_tokens=False)["input_ids"][: self._recipe.text_positions - 1]
+                self._tokens[text] = torch.tensor([*ids, self._tokenizer.eos_token_id])
+        rows = [self._tokens[text] for text in texts]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id)
+
+
+def patch_weights(box: Box, size: tuple[int, int], grid: int) -> torch.Tensor:
+    """(grid * grid,): how much of the box lies in each patch of the padded square, summing to 1."""
+    x1, y1, x2, y2 = (value * grid for value in box.to_padded(*size))
+    edges = torch.arange(grid + 1, dtype=torch.float32)
+    wide = (edges[1:].clamp(max=x2) - edges[:-1].clamp(min=x1)).clamp(min=0)
+    high = (edges[1:].clamp(max=y2) - edges[:-1].clamp(min=y1)).clamp(min=0)
+    shared = (high[:, None] * wide[None, :]).flatten()
+    return shared / shared.sum()
+
+
+class ContrastiveLoss(nn.Module):
+    """Caption loss and region loss of a batch, weighted as the recipe says. ``clip``: a CLIPModel; the temperature is
+    learned, as in CLIP."""
+
+    def __init__(self, clip: Any, recipe: Contrastive) -> None:
+        super().__init__()
+        self.clip = clip
+        self._caption_weight = recipe.caption_weight
+        self._region_weight = recipe.region_weight
+        with torch.no_grad():
+            clip.logit_scale.fill_(1 / recipe.temperature).log_()
+
+    def forward(self, batch: ContrastiveBatch) -> torch.Tensor:
+        scale = self.clip.logit_scale.clamp(max=4.6052).exp()
+        seen = self.clip.vision_model(pixel_values=batch.pixels)
+        texts = functional.normalize(
+            self.clip.text_projection(self.clip.text_model(input_ids=batch.tokens).pooler_output), dim=-1
+        )
+        loss = seen.pooler_output.sum() * 0.0
+        captions = len(batch.caption_rows)
+        if captions > 1 and self._caption_weight:
+            images = self.clip.visual_projection(seen.pooler_output[batch.caption_rows])
+            logits = scale * functional.normalize(images, dim=-1) @ texts[:captions].T
+            equal = (batch.caption_classes[:, None] == batch.caption_classes[None, :]).float()
+            target = equal / equal.sum(1, keepdim=True)
+            both = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
+            loss = loss + self._caption_weight * both / 2
+        if len(batch.region_rows) and self._region_weight:
+            patches = self.clip.vision_model.post_layernorm(seen.last_hidden_state[:, 1:])
+            pooled = (batch.region_weights[:, :, None] * patches[batch.region_rows]).sum(1)
+            regions = functional.normalize(self.clip.visual_projection(pooled), dim=-1)
+            logits = scale * regions @ texts[captions:].T
+            loss = loss + self._region_weight * functional.cross_entropy(logits, batch.region_targets)
+        return loss

@@ -1,0 +1,251 @@
+"""LLaVA JSON to examples and batches, in an order that depends only on the seed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from medllava.conversation import InstructionSample, Turn, sample_from_llava
+from medllava.errors import DataError
+from medllava.images import load_image
+from medllava.jsonl import read_json
+from medllava.model.pixels import pixel_values
+from medllava.model.prompt import IGNORE, PromptBuilder
+from medllava.train.augment import VARIANTS, choose_variant, flip_pixels, flip_text
+from medllava.train.batch import Batch, Example, collate
+
+log = logging.getLogger(__name__)
+
+
+def read_samples(path: Path, kinds: Sequence[str] | None = None) -> list[InstructionSample]:
+    """The samples of a LLaVA JSON file, of the given kinds. Raises DataError naming the row, or if none is left."""
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: expected a list of samples (LLaVA JSON), got {type(rows).__name__}")
+    samples = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number}: expected an object, got {type(row).__name__}")
+        samples.append(sample_from_llava(row, f"{path}: row {number}"))
+    kept = [sample for sample in samples if kinds is None or sample.kind in kinds]
+    if not kept:
+        found = ", ".join(sorted({sample.kind for sample in samples})) or "none at all"
+        raise DataError(f"{path}: no sample of kind {', '.join(kinds or ['any'])}; the file has: {found}")
+    return kept
+
+
+def check_images(samples: Sequence[InstructionSample], folder: Path) -> None:
+    """Every picture must be there before training starts. Raises DataError naming the first that is missing."""
+    names = dict.fromkeys(name for sample in samples for name in sample.images)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise DataError(
+            f"{folder / missing[0]}: no such image file ({len(missing)} of {len(names)} images are missing); --images must be"
+            " the folder that the data file's image paths start from"
+        )
+
+
+class Examples:
+    """Tokenized samples, each in up to four mirrored variants (made when first asked for).
+
+    Samples of which not even the first exchange fits ``max_length`` are left out; ``too_long`` lists their ids and
+    ``dropped_turns`` counts the trailing turns cut from others. ``text_only`` leaves the pictures out.
+    """
+
+    def __init__(
+        self, samples: Sequence[InstructionSample], prompts: PromptBuilder, *, max_length: int, text_only: bool = False,
+        supervise_all: bool = False,
+    ) -> None:
+        self._prompts = prompts
+        self._max_length = max_length
+        self._text_only = text_only
+        self._supervise_all = supervise_all
+        self._made: dict[tuple[int, int], Example] = {}
+        self.samples: list[InstructionSample] = []
+        self.lengths: list[int] = []
+        self.supervised = 0
+        self.dropped_turns = 0
+        self.too_long: list[str] = []
+        for sample in tqdm(samples, desc="tokenize", unit="sample", leave=False, mininterval=0.5):
+            made = self._make(sample, 0)
+            if made is None:
+                self.too_long.append(sample.id)
+                continue
+            example, dropped = made
+            self._made[len(self.samples), 0] = example
+            self.samples.append(sample)
+            self.lengths.append(len(example.input_ids))
+            self.supervised += int((example.labels != IGNORE).sum())
+            self.dropped_turns += dropped
+        if not self.samples:
+            raise DataError(f"no sample fits max_length {max_length}; the first is {self.too_long[0]}")
+        if self.too_long or self.dropped_turns:
+            log.warning(
+                "max_length %d: %d samples left out (%s), %d trailing turns dropped from others",
+                max_length, len(self.too_long), ", ".join(self.too_long[:5]), self.dropped_turns,
+            )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def get(self, index: int, variant: int = 0) -> Example:
+        key = (index, variant)
+        if key not in self._made:
+            made = self._make(self.samples[index], variant)
+            # A mirrored text may take a token more than the original; then the original's words cannot be kept.
+            self._made[key] = made[0] if made else self._made[index, 0]
+        return self._made[key]
+
+    def _make(self, sample: InstructionSample, variant: int) -> tuple[Example, int] | None:
+        turns = [Turn(role=turn.role, text=flip_text(turn.text, variant)) for turn in sample.turns]
+        if self._text_only:
+            turns = [Turn(role=turn.role, text=turn.text.replace("<image>", "").strip()) for turn in turns]
+        prompt = self._prompts.sample(turns, f"sample {sample.id}", max_length=self._max_length)
+        if prompt is None:
+            return None
+        ids = torch.tensor(prompt.input_ids)
+        labels = ids.clone() if self._supervise_all else torch.tensor(prompt.labels)
+        seen = int((ids == self._prompts.image_token_id).sum()) // max(self._prompts.tokens_per_image, 1)
+        images = () if self._text_only else sample.images[:seen]
+        return Example(sample.id, ids, labels, images), prompt.dropped_turns
+
+
+class Pictures:
+    """Pixels of the pictures in ``folder``, mirrored on request; or, after :meth:`cache`, the frozen encoder's features."""
+
+    def __init__(self, folder: Path, image_processor: Any) -> None:
+        self._folder = folder
+        self._image_processor = image_processor
+        self._features: dict[tuple[str, int], torch.Tensor] = {}
+
+    def pixels(self, name: str, variant: int = 0) -> torch.Tensor:
+        """(3, side, side)"""
+        values = pixel_values(self._image_processor, [load_image(self._folder / name)])[0]
+        return flip_pixels(values, variant)
+
+    def cache(self, names: Sequence[str], variants: Sequence[int], encode: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Run every picture through ``encode`` once. The key is (file, variant); encoder and processor do not change
+        while this object lives."""
+        step = max(1, 32 // len(variants))
+        bar = tqdm(total=len(names), desc="encode images", unit="image", mininterval=0.5)
+        for start in range(0, len(names), step):
+            part = names[start : start + step]
+            upright = [self.pixels(name) for name in part]
+            stacked = torch.stack([flip_pixels(pixels, variant) for pixels in upright for variant in variants])
+            encoded = encode(stacked)
+            for number, key in enumerate((name, variant) for name in part for variant in variants):
+                self._features[key] = encoded[number]
+            bar.update(len(part))
+        bar.close()
+
+    def stack(self, wanted: Sequence[tuple[str, int]]) -> dict[str, torch.Tensor]:
+        """Keyword arguments of :func:`collate` for these pictures."""
+        if not wanted:
+            return {}
+        if self._features:
+            return {"features": torch.stack([self._features[key] for key in wanted])}
+        return {"pixels": torch.stack([self.pixels(*key) for key in wanted])}
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which samples come at which step. Depends only on its fields, so any step can be asked for at any time.
+
+    lengths: of the samples in tokens, for grouping; None to shuffle freely. weights: how often each comes in an epoch.
+    """
+
+    count: int
+    batch_size: int
+    seed: int
+    lengths: tuple[int, ...] | None = None
+    weights: tuple[float, ...] | None = None
+
+    def epoch(self, number: int) -> list[list[int]]:
+        """The batches of an epoch; the last may be smaller."""
+        rng = random.Random(f"order/{self.seed}/{number}")
+        chosen: list[int] = []
+        for index in range(self.count):
+            times = self.weights[index] if self.weights else 1.0
+            chosen += [index] * (int(times) + (rng.random() < times - int(times)))
+        rng.shuffle(chosen)
+        if self.lengths is not None:
+            # Sorted by length within stretches of 50 batches: like lengths meet, yet every epoch differs.
+            stretch = self.batch_size * 50
+            chosen = [
+                index for start in range(0, len(chosen), stretch)
+                for index in sorted(chosen[start : start + stretch], key=self.lengths.__getitem__, reverse=True)
+            ]
+        batches = [chosen[start : start + self.batch_size] for start in range(0, len(chosen), self.batch_size)]
+        rng.shuffle(batches)
+        return batches
+
+    def batches_per_epoch(self) -> int:
+        total = sum(self.weights) if self.weights else self.count
+        return max(1, math.ceil(total / self.batch_size))
+
+
+class Steps(Dataset[Any]):
+    """Item ``step`` is what the optimizer's step takes: ``make(epoch, indices)`` of its samples."""
+
+    def __init__(self, order: Order, steps: int, make: Callable[[int, list[int]], Any]) -> None:
+        self._order = order
+        self._steps = steps
+        self._make = make
+        self._starts = [0]
+        self._epochs: dict[int, list[list[int]]] = {}
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> Any:
+        # Epochs may differ in length by a batch (fractional weights), so their starts are found one after the other.
+        number = 0
+        while step >= self._start(number + 1):
+            number += 1
+        return self._make(number, self._batches(number)[step - self._start(number)])
+
+    def _start(self, epoch: int) -> int:
+        while len(self._starts) <= epoch:
+            self._starts.append(self._starts[-1] + len(self._batches(len(self._starts) - 1)))
+        return self._starts[epoch]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        if epoch not in self._epochs:
+            self._epochs = {key: value for key, value in self._epochs.items() if key >= epoch - 1}
+            self._epochs[epoch] = self._order.epoch(epoch)
+        return self._epochs[epoch]
+
+
+def micro_batches(
+    examples: Examples, pictures: Pictures | None, *, accumulate: int, flip_seed: int | None, pad_id: int,
+    image_token_id: int, rank: int = 0, processes: int = 1,
+) -> Callable[[int, list[int]], list[Batch]]:
+    """A function for :class:`Steps`: the samples of a step as ``accumulate`` batches of this process's share."""
+
+    def make(epoch: int, indices: list[int]) -> list[Batch]:
+        made = []
+        mine = indices[rank::processes]
+        size = max(1, math.ceil(len(mine) / accumulate))
+        for start in range(0, len(mine), size):
+            part = mine[start : start + size]
+            variants = [0 if flip_seed is None else choose_variant(flip_seed, epoch, index) for index in part]
+            chosen = [examples.get(index, variant) for index, variant in zip(part, variants, strict=True)]
+            wanted = [(name, v) for example, v in zip(chosen, variants, strict=True) for name in example.images]
+            inputs = pictures.stack(wanted) if pictures else {}
+            made.append(collate(chosen, pad_id=pad_id, image_token_id=image_token_id, **inputs))
+        return made
+
+    return make
+
+
+def kind_weights(samples: Sequence[InstructionSample], weights: dict[str, float]) -> tuple[float, ...] | None:
+    return tuple(weights.get(sample.kind, 1.0) for sample in samples) if weights else None

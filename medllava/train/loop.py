@@ -1,0 +1,248 @@
+"""The training loop: plain PyTorch on accelerate, the same for every stage.
+
+One step: the micro-batches' summed losses are divided by the number of supervised tokens of the whole step, so neither
+accumulation nor the number of processes changes what is learned. Everything that a step depends on is a function of
+the step's number or is in ``state.pt``, so a run that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from medllava.errors import CheckpointError, MedllavaError
+from medllava.jsonl import Appender, atomic_write, read_rows, write_records
+from medllava.train.config import Optim
+from medllava.train.plots import TensorBoard, plot_loss
+
+log = logging.getLogger(__name__)
+
+STATE_FILE = "state.pt"
+LOG_FILE = "train_log.jsonl"
+STOPPED = 143
+"""Exit code after SIGTERM, as shells report it."""
+
+
+class Stopped(MedllavaError):
+    """The run was told to stop and has saved its state."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate, by name."""
+
+    name: str
+    learning_rate: float
+    parameters: dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often things happen, in steps; ``seed`` starts the dropout and every other draw of PyTorch's."""
+
+    seed: int
+    log_every: int
+    save_every: int
+    eval_every: int = 0
+
+
+def schedule(optim: Optim, step: int, steps: int) -> float:
+    """Factor on the learning rates at ``step`` (from 0) of ``steps``."""
+    rise = math.ceil(optim.warmup * steps)
+    if step < rise:
+        part = (step + 1) / rise
+        if optim.schedule == "onecycle":
+            return 0.04 + 0.96 * (1 - math.cos(math.pi * part)) / 2
+        return part
+    if optim.schedule == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
+
+
+def fit(
+    *, name: str, module: nn.Module, groups: Sequence[Group], optim: Optim, steps: int, batches: Dataset[Any], out: Path,
+    pace: Pace, accelerator: Any, validate: Callable[[], float] | None = None, workers: int = 0,
+) -> float:
+    """Train ``module``, which maps a micro-batch to its summed loss; item ``step`` of ``batches`` is a list of
+    micro-batches (each with ``weight``, ``ids`` and ``to``). Goes on from ``out/state.pt`` if it is there.
+
+    Writes ``train_log.jsonl``, ``tensorboard/`` and ``loss.png`` into ``out``; returns the mean loss of the last logged
+    stretch. Raises MedllavaError when a loss or gradient is not finite, Stopped after SIGTERM.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    parameters = {key: value for group in groups for key, value in group.parameters.items()}
+    optimizer = torch.optim.AdamW(
+        [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups],
+        betas=optim.betas, weight_decay=optim.weight_decay, fused=True,
+    )
+    rates = [group.learning_rate for group in groups]
+    torch.manual_seed(pace.seed)
+    start = _restore(out / STATE_FILE, parameters, optimizer)
+    _cut_log(out / LOG_FILE, start)
+    wrapped, optimizer = accelerator.prepare(module, optimizer)
+    wrapped.train()
+    device = accelerator.device
+    main = accelerator.is_main_process
+    state_file = out / STATE_FILE
+    losses: list[float] = []
+    tokens = samples = 0
+    since = time.perf_counter()
+    loader = _load(batches, start, steps, workers)
+    with (
+        _told_to_stop() as told, Appender(out / LOG_FILE) as rows, TensorBoard(out / "tensorboard", start) as board,
+        tqdm(total=steps, initial=start, desc=name, unit="step", mininterval=0.5, disable=not main) as bar,
+    ):
+        for step, micro in enumerate(loader, start=start):
+            factor = schedule(optim, step, steps)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            loss, weight = _step(wrapped, micro, accelerator, device)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), optim.grad_clip or math.inf))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                ids = ", ".join(sample for batch in micro for sample in batch.ids)
+                what = "loss" if not math.isfinite(loss) else "gradient"
+                raise MedllavaError(
+                    f"{name}: the {what} is not finite at step {step + 1}; the samples of this step: {ids}. Look at them,"
+                    " or lower the learning rate; the last saved state is untouched"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss)
+            tokens += weight
+            samples += sum(len(batch.ids) for batch in micro)
+            bar.update()
+            done = step + 1
+            if done % pace.log_every == 0 or done == steps:
+                seconds = time.perf_counter() - since
+                row = {
+                    "step": done, "loss": sum(losses) / len(losses), "grad_norm": norm, "seconds": round(seconds, 3),
+                    "supervised_tokens": tokens, "samples": samples,
+                    "lr": {group.name: rate * factor for group, rate in zip(groups, rates, strict=True)},
+                }
+                if validate and pace.eval_every and (done % pace.eval_every == 0 or done == steps):
+                    row["eval_loss"] = validate()
+                    wrapped.train()
+                if main:
+                    rows.write(row)
+                    board.add(row)
+                    bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
+                final = float(row["loss"])  # type: ignore[arg-type]
+                losses, tokens, samples, since = [], 0, 0, time.perf_counter()
+            if told.stop or (done % pace.save_every == 0 and done < steps):
+                if main:
+                    _save(state_file, done, parameters, optimizer)
+                if told.stop:
+                    raise Stopped(f"{name}: told to stop; saved at step {done}; run again with --resume to go on")
+    if main:
+        plot_loss(out / LOG_FILE, out / "loss.png", name)
+    return final if start < steps else math.nan
+
+
+def _step(wrapped: Any, micro: Sequence[Any], accelerator: Any, device: torch.device) -> tuple[float, int]:
+    """Gradients of one step; the mean loss and the number of supervised tokens (or pairs) over all processes."""
+    weight = sum(batch.weight for batch in micro)
+    share = 1
+    if accelerator.num_processes > 1:
+        weight = int(accelerator.reduce(torch.tensor(weight, device=device), "sum"))
+        # Gradients are averaged over the processes afterwards; the loss is a sum over all.
+        share = accelerator.num_processes
+    total = 0.0
+    for number, batch in enumerate(micro):
+        with _synchronised(accelerator, wrapped, last=number == len(micro) - 1):
+            loss = wrapped(batch.to(device)) * (share / weight)
+            accelerator.backward(loss)
+        total += float(loss.detach()) / share
+    if accelerator.num_processes > 1:
+        total = float(accelerator.reduce(torch.tensor(total, device=device), "sum"))
+    return total, weight
+
+
+@contextmanager
+def _synchronised(accelerator: Any, wrapped: Any, *, last: bool) -> Iterator[None]:
+    if last or accelerator.num_processes == 1:
+        yield
+    else:
+        with accelerator.no_sync(wrapped):
+            yield
+
+
+def _load(batches: Dataset[Any], start: int, steps: int, workers: int) -> Any:
+    if not workers:
+        return (batches[step] for step in range(start, steps))
+    rest = Subset(batches, range(start, steps))
+    return DataLoader(rest, batch_size=None, num_workers=workers, prefetch_factor=4)
+
+
+def _save(path: Path, step: int, parameters: dict[str, nn.Parameter], optimizer: Any) -> None:
+    """Trained weights, optimizer and random state after ``step`` steps: whole or not at all."""
+    state = {
+        "step": step,
+        "weights": {name: parameter.detach().cpu() for name, parameter in parameters.items()},
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    with atomic_write(path, "wb") as file:
+        torch.save(state, file)
+
+
+def _restore(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """The step to go on from; 0 if there is no saved state."""
+    if not path.is_file():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["weights"].keys() != parameters.keys():
+            raise CheckpointError(f"{path}: it was saved with other trained weights; remove it to start anew")
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise CheckpointError(f"{path}: cannot be resumed from ({error}); remove it to start anew") from error
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state["weights"][name])
+    torch.set_rng_state(state["random"])
+    if state["random_cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["random_cuda"])
+    return int(state["step"])
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop what was logged after the state that is resumed from."""
+    if path.is_file():
+        rows = [row for _, row in read_rows(path) if row["step"] <= step]
+        write_records(path, rows)
+
+
+class _Told:
+    stop = False
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[_Told]:
+    """Notes SIGTERM instead of dying of it, so that the step can end and the state be saved."""
+    told = _Told()
+
+    def note(*_: object) -> None:
+        told.stop = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, note)
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield told
+        return
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)

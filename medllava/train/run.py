@@ -1,0 +1,423 @@
+"""A training run, top to bottom: the recipe as code.
+
+What a run leaves in its folder: the checkpoint, ``recipe.yaml`` (resolved), ``run.json`` (command, data, versions, what
+trained), ``train_log.jsonl``, ``loss.png``, ``tensorboard/`` and, last of all, ``finished.json``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from medllava.config import save_recipe
+from medllava.conversation import InstructionSample
+from medllava.errors import ConfigError
+from medllava.jsonl import read_json, write_json
+from medllava.model import checkpoint, manifest, tiny
+from medllava.model.pixels import tokens_per_image
+from medllava.model.prompt import PromptBuilder
+from medllava.train.config import FoundationRecipe, Optim, TuneRecipe
+from medllava.train.contrastive import ContrastiveData, ContrastiveLoss, read_pairs
+from medllava.train.dataset import (
+    Examples,
+    Order,
+    Pictures,
+    Steps,
+    check_images,
+    kind_weights,
+    micro_batches,
+    read_samples,
+)
+from medllava.train.forward import LanguageLoss, VisionLanguageLoss, vision_features
+from medllava.train.loop import LOG_FILE, STATE_FILE, Group, Pace, fit
+from medllava.train.stages import Part, format_table, select
+
+log = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+FINISHED_FILE = "finished.json"
+_TINY = 20_000_000
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What differs on each machine: data file (LLaVA JSON), image folder, output, checkpoint to start from."""
+
+    data: Path
+    images: Path
+    out: Path
+    init_from: Path | None = None
+    eval_data: Path | None = None
+    captions: Path | None = None
+
+
+def run(recipe: FoundationRecipe | TuneRecipe, paths: Paths, *, resume: bool = False, plan: bool = False) -> None:
+    """Train one stage into ``paths.out``, or with ``plan`` only say what it would take.
+
+    Raises ConfigError, DataError, CheckpointError before the first step; MedllavaError from the loop.
+    """
+    samples = read_samples(paths.data)
+    check_images(samples, paths.images)
+    if not plan and _already_finished(recipe, paths, resume=resume):
+        log.info("%s: this run is finished; nothing to do", paths.out)
+        return
+    with _threads(recipe):
+        if isinstance(recipe, FoundationRecipe):
+            _foundation(recipe, paths, samples, plan=plan)
+        else:
+            _tune(recipe, paths, samples, plan=plan)
+
+
+def _foundation(recipe: FoundationRecipe, paths: Paths, samples: Sequence[InstructionSample], *, plan: bool) -> None:
+    """Stage 0: tokenizer, contrastive image encoder, language model, then one folder with an untrained projector."""
+    from accelerate import Accelerator
+    from transformers import CLIPVisionModel, LlamaForCausalLM
+
+    started = time.monotonic()
+    accelerator = Accelerator()
+    torch.manual_seed(recipe.seed)
+    tokenizer = tiny.build_tokenizer(_all_texts(samples), recipe.tokenizer)
+    processor = tiny.build_processor(tokenizer, recipe.vision)
+    clip_part, language_part = recipe.contrastive, recipe.language
+    clip = tiny.build_clip(
+        recipe.vision, tokenizer, projection_dim=clip_part.projection_dim, text_layers=clip_part.text_layers,
+        text_positions=clip_part.text_positions,
+    )
+    language = LlamaForCausalLM(tiny.llama_config(recipe.text, tokenizer))
+    pairs = read_pairs(samples, clip_part, paths.images, paths.captions)
+    pair_order = Order(len(pairs), clip_part.optim.batch_size, recipe.seed)
+    pair_steps = _steps(clip_part.optim, pair_order)
+
+    wanted = [sample for sample in samples if language_part.kinds is None or sample.kind in language_part.kinds]
+    prompts = PromptBuilder(tokenizer, "medllava", tokens_per_image=0)
+    examples = Examples(
+        wanted, prompts, max_length=language_part.max_length, text_only=True,
+        supervise_all=language_part.supervise == "all",
+    )
+    text_order = Order(
+        len(examples), language_part.optim.batch_size, recipe.seed, tuple(examples.lengths),
+        kind_weights(examples.samples, language_part.kind_weights),
+    )
+    text_steps = _steps(language_part.optim, text_order)
+    rates = (clip_part.optim.learning_rate, language_part.optim.learning_rate)
+    table = [
+        Part(name, count, count, rate) for name, count, rate in (
+            ("image encoder", _count(clip.vision_model), rates[0]), ("its text encoder", _count(clip.text_model), rates[0]),
+            ("language model", _count(language), rates[1]),
+        )
+    ]
+    log.info("%s", format_table(table))
+    log.info(
+        "0a: %d pictures, %d captions, %d boxes, %d steps; 0b: %d texts, %d tokens, %d steps; vocabulary %d",
+        len(pairs), sum(len(pair.captions) for pair in pairs), sum(len(pair.regions) for pair in pairs), pair_steps,
+        len(examples), sum(examples.lengths), text_steps, len(tokenizer),
+    )
+    if plan:
+        return
+    _begin(recipe, paths, table)
+
+    tower_file = paths.out / "contrastive" / "tower.safetensors"
+    if not tower_file.is_file():
+        patches = (recipe.vision.image_size // recipe.vision.patch_size) ** 2
+        data = ContrastiveData(
+            pairs, clip_part, images=paths.images, processor=processor, patches=patches, seed=recipe.seed
+        )
+        _fit_all(
+            "0a image encoder", ContrastiveLoss(clip, clip_part), clip_part.optim, Steps(pair_order, pair_steps, data.make),
+            tower_file.parent, recipe, accelerator,
+        )
+        _write_part(clip.vision_model, tower_file)
+    language_file = paths.out / "language" / "language.safetensors"
+    if not language_file.is_file():
+        make = micro_batches(
+            examples, None, accumulate=language_part.optim.accumulate, flip_seed=recipe.seed if language_part.flip else None,
+            pad_id=tokenizer.pad_token_id, image_token_id=prompts.image_token_id, rank=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        _fit_all(
+            "0b language model", LanguageLoss(language), language_part.optim, Steps(text_order, text_steps, make),
+            language_file.parent, recipe, accelerator,
+        )
+        _write_part(language, language_file)
+
+    tower = CLIPVisionModel(tiny.vision_config(recipe.vision, clip_part.projection_dim))
+    getattr(tower, "vision_model", tower).load_state_dict(load_file(tower_file))
+    language.load_state_dict(load_file(language_file))
+    torch.manual_seed(recipe.seed)
+    model = tiny.assemble(tower, language.cpu(), tokenizer, feature_layer=recipe.vision.feature_layer)
+    if accelerator.is_main_process:
+        checkpoint.save_full(paths.out, model, processor, chat_format="medllava", **_facts(recipe, paths))
+        _finish(paths.out, started, {"stage": recipe.stage, "steps": pair_steps + text_steps})
+    accelerator.wait_for_everyone()
+
+
+def _fit_all(
+    name: str, module: torch.nn.Module, optim: Optim, steps: Steps, out: Path, recipe: FoundationRecipe, accelerator: Any
+) -> None:
+    """Train every weight of a part of stage 0."""
+    group = Group(name, optim.learning_rate, dict(module.named_parameters()))
+    fit(
+        name=name, module=module, groups=[group], optim=optim, steps=len(steps), batches=steps, out=out,
+        pace=Pace(recipe.seed, recipe.log_every, recipe.save_every), accelerator=accelerator,
+    )
+
+
+def _write_part(module: Any, file: Path) -> None:
+    """Keep a finished part of stage 0; its training state is no longer needed."""
+    temporary = file.with_suffix(".part")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, temporary)
+    temporary.replace(file)
+    (file.parent / STATE_FILE).unlink(missing_ok=True)
+
+
+def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample], *, plan: bool) -> None:
+    """Stages 1 and 2: freeze, tokenize, cache, train, save."""
+    from accelerate import Accelerator
+
+    started = time.monotonic()
+    if paths.init_from is None:
+        raise ConfigError(f"stage {recipe.stage} starts from a checkpoint: add --init-from FOLDER")
+    source = checkpoint.describe(paths.init_from)
+    if source.kind == "lora" and recipe.stage != "full":
+        raise ConfigError(
+            f"{paths.init_from} is a LoRA checkpoint; fold it into its base first: python -m medllava.model merge"
+            f" {paths.init_from} MERGED, then --init-from MERGED"
+        )
+    half = recipe.precision == "bfloat16" or (recipe.precision == "auto" and torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision="bf16" if half else "no")
+    torch.manual_seed(recipe.seed)
+    loaded = checkpoint.load(
+        paths.init_from, device=str(accelerator.device), dtype="bfloat16" if half else "float32"
+    )
+    model, processor = loaded.model, loaded.processor
+    wrapped, groups, table = select(model, recipe)
+    log.info("stage %s from %s\n%s", recipe.stage, paths.init_from, format_table(table))
+
+    chat_format = recipe.chat_format or source.chat_format
+    prompts = PromptBuilder(
+        processor.tokenizer, chat_format, tokens_per_image=tokens_per_image(processor), image_token=processor.image_token,
+        template=processor.chat_template,
+    )
+    wanted = [sample for sample in samples if recipe.kinds is None or sample.kind in recipe.kinds]
+    if not wanted:
+        raise ConfigError(f"{paths.data}: no sample of kinds {', '.join(recipe.kinds or ())}")
+    examples = Examples(wanted, prompts, max_length=recipe.max_length)
+    order = Order(
+        len(examples), recipe.optim.batch_size, recipe.seed, tuple(examples.lengths) if recipe.length_grouping else None,
+        kind_weights(examples.samples, recipe.kind_weights),
+    )
+    steps = _steps(recipe.optim, order)
+    log.info("%s", _plan_text(recipe, model, table, examples, steps, half=half))
+    if plan:
+        return
+    _begin(recipe, paths, table)
+
+    pictures = Pictures(paths.images, processor.image_processor)
+    names = list(dict.fromkeys(name for sample in examples.samples for name in sample.images))
+    evaluation = None
+    if paths.eval_data is not None:
+        judged = [s for s in read_samples(paths.eval_data) if recipe.kinds is None or s.kind in recipe.kinds]
+        check_images(judged, paths.images)
+        evaluation = Examples(judged, prompts, max_length=recipe.max_length)
+        names = list(dict.fromkeys([*names, *(name for sample in evaluation.samples for name in sample.images)]))
+    if _worth_caching(recipe, model, len(names), prompts.tokens_per_image):
+        encode = _encoder(model, accelerator)
+        pictures.cache(names, range(4) if recipe.flip else (0,), encode)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+
+    pad_id = processor.tokenizer.pad_token_id if processor.tokenizer.pad_token_id is not None else 0
+    share: dict[str, Any] = {"pad_id": pad_id, "image_token_id": prompts.image_token_id}
+    make = micro_batches(
+        examples, pictures, accumulate=recipe.optim.accumulate, flip_seed=recipe.seed if recipe.flip else None,
+        rank=accelerator.process_index, processes=accelerator.num_processes, **share,
+    )
+    module = VisionLanguageLoss(model)
+    validate = None
+    if evaluation is not None:
+        see = micro_batches(evaluation, pictures, accumulate=1, flip_seed=None, **share)
+        validate = _validation(module, evaluation, see, recipe.optim.batch_size, accelerator.device)
+    loss = fit(
+        name=f"stage {recipe.stage}", module=module, groups=groups, optim=recipe.optim, steps=steps,
+        batches=Steps(order, steps, make), out=paths.out,
+        pace=Pace(recipe.seed, recipe.log_every, recipe.save_every, recipe.eval_every), accelerator=accelerator,
+        validate=validate, workers=recipe.workers,
+    )
+    if accelerator.is_main_process:
+        model.eval()
+        # Stage 1's own format has no questions; its checkpoint is talked to in the format of its base.
+        facts = _facts(recipe, paths, training_mpp=recipe.training_mpp or source.training_mpp)
+        facts["chat_format"] = source.chat_format if chat_format == "plain" else chat_format
+        base = loaded.base or paths.init_from
+        if recipe.stage == "projector":
+            checkpoint.save_projector(paths.out, model, processor, base=base, **facts)
+        elif recipe.stage == "lora":
+            checkpoint.save_lora(paths.out, wrapped, processor, base=base, **facts)
+        else:
+            checkpoint.save_full(paths.out, model, processor, **facts)
+        _finish(paths.out, started, {"stage": recipe.stage, "steps": steps, "loss": loss})
+    accelerator.wait_for_everyone()
+
+
+def _steps(optim: Optim, order: Order) -> int:
+    return optim.steps or max(1, math.ceil(float(optim.epochs or 0) * order.batches_per_epoch()))
+
+
+def _worth_caching(recipe: TuneRecipe, model: Any, pictures: int, tokens: int) -> bool:
+    """Whether the frozen encoder's output is kept in memory. Raises ConfigError if it must be but the encoder trains."""
+    if recipe.tower_layers:
+        if recipe.cache_features is True:
+            raise ConfigError("cache_features needs a frozen vision tower; set tower_layers to 0 or cache_features to false")
+        return False
+    if recipe.cache_features != "auto":
+        return recipe.cache_features
+    width = model.model.multi_modal_projector.linear_1.in_features
+    needed = pictures * (4 if recipe.flip else 1) * tokens * width * model.dtype.itemsize
+    return bool(pictures and needed <= recipe.cache_limit_gb * 1e9)
+
+
+def _encoder(model: Any, accelerator: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    @torch.no_grad()
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        return vision_features(model, pixels.to(accelerator.device)).cpu()
+
+    return encode
+
+
+def _validation(
+    module: torch.nn.Module, examples: Examples, make: Callable[[int, list[int]], Any], size: int, device: Any
+) -> Callable[[], float]:
+    """Mean loss per supervised token over all validation samples."""
+
+    @torch.no_grad()
+    def validate() -> float:
+        module.eval()
+        total = weight = 0.0
+        for start in range(0, len(examples), size):
+            for batch in make(0, list(range(start, min(start + size, len(examples))))):
+                total += float(module(batch.to(device)))
+                weight += batch.weight
+        return total / weight
+
+    return validate
+
+
+def _plan_text(
+    recipe: TuneRecipe, model: Any, table: Sequence[Part], examples: Examples, steps: int, *, half: bool
+) -> str:
+    """Tokens, steps and a rough memory need, from sizes alone."""
+    tokens = sum(examples.lengths)
+    longest = max(examples.lengths)
+    mean = tokens / len(examples)
+    per_step = recipe.optim.batch_size / recipe.optim.accumulate
+    text = model.config.get_text_config()
+    element = 2 if half else 4
+    weights = sum(part.parameters for part in table) * element
+    trained = sum(part.trainable for part in table)
+    # Kept for the backward pass, in elements per token and layer: about 16 widths and 3 MLP widths; a checkpointed layer keeps one.
+    layer = text.hidden_size if recipe.gradient_checkpointing else 16 * text.hidden_size + 3 * text.intermediate_size
+    kept = per_step * longest * (layer * text.num_hidden_layers * element + text.vocab_size * 4)
+    total = (weights + trained * 12 + kept) / 1e9
+    return (
+        f"{len(examples)} samples, {tokens} tokens per epoch ({examples.supervised} supervised; mean {mean:.0f}, longest"
+        f" {longest}); {steps} steps of {recipe.optim.batch_size} samples = {steps * recipe.optim.batch_size / len(examples):.2f}"
+        f" epochs; about {total:.2f} GB of memory (weights {weights / 1e9:.2f}, gradients and AdamW {trained * 12 / 1e9:.2f},"
+        f" activations up to {kept / 1e9:.2f})"
+    )
+
+
+def _all_texts(samples: Sequence[InstructionSample]) -> Iterator[str]:
+    return (turn.text.replace("<image>", "") for sample in samples for turn in sample.turns)
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _facts(recipe: FoundationRecipe | TuneRecipe, paths: Paths, training_mpp: float | None = None) -> dict[str, Any]:
+    return {
+        "recipe": recipe.model_dump(mode="json"), "data_sha256": manifest.file_sha256(paths.data),
+        "training_mpp": training_mpp,
+    }
+
+
+def _identity(recipe: FoundationRecipe | TuneRecipe, paths: Paths) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    start = None
+    if paths.init_from is not None:
+        marks = [paths.init_from / name for name in (manifest.FILE, "config.json")]
+        start = next((manifest.file_sha256(mark) for mark in marks if mark.is_file()), None)
+    return {
+        "recipe": recipe.model_dump(mode="json"), "data_sha256": manifest.file_sha256(paths.data), "init_sha256": start,
+    }
+
+
+def _already_finished(recipe: FoundationRecipe | TuneRecipe, paths: Paths, *, resume: bool) -> bool:
+    """True if the very run is finished. Raises ConfigError if another run, or one not asked to be resumed, is there."""
+    record = paths.out / RUN_FILE
+    if not record.is_file():
+        return False
+    if not resume:
+        raise ConfigError(f"{paths.out}: holds a run; add --resume to go on with it, or choose another --out")
+    before, now = read_json(record)["identity"], _identity(recipe, paths)
+    if before != now:
+        changed = [key for key in now if before.get(key) != now[key]]
+        if "recipe" in changed:
+            old, new = before.get("recipe", {}), now["recipe"]
+            changed = [f"recipe key {key}" for key in new | old if old.get(key) != new.get(key)] + changed[1:]
+        raise ConfigError(
+            f"{paths.out}: holds a run with other settings ({', '.join(changed)}); choose another --out, or remove it"
+        )
+    return (paths.out / FINISHED_FILE).is_file()
+
+
+def _begin(recipe: FoundationRecipe | TuneRecipe, paths: Paths, table: Sequence[Part]) -> None:
+    """Write down what is run, before the first step."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    paths.out.mkdir(parents=True, exist_ok=True)
+    if not (paths.out / RUN_FILE).is_file():
+        for stale in (STATE_FILE, LOG_FILE):
+            (paths.out / stale).unlink(missing_ok=True)
+    save_recipe(recipe, paths.out / "recipe.yaml")
+    write_json(paths.out / RUN_FILE, {
+        "command": sys.argv,
+        "paths": {name: str(value) for name, value in vars(paths).items() if value is not None},
+        "identity": _identity(recipe, paths),
+        "parts": [vars(part) for part in table],
+        "versions": manifest.current_versions(),
+        "started": manifest.now(),
+    })
+
+
+def _finish(out: Path, started: float, facts: dict[str, Any]) -> None:
+    """The completion marker, last of all."""
+    write_json(out / FINISHED_FILE, facts | {"seconds": round(time.monotonic() - started, 1), "at": manifest.now()})
+    (out / STATE_FILE).unlink(missing_ok=True)
+
+
+@contextmanager
+def _threads(recipe: FoundationRecipe | TuneRecipe) -> Iterator[None]:
+    """Set PyTorch's threads for this run; tiny models lose time to more than two."""
+    before = torch.get_num_threads()
+    threads = recipe.threads
+    if threads is None and isinstance(recipe, FoundationRecipe):
+        threads = min(2, before)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

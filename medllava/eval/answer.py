@@ -12,16 +12,13 @@ example:
 from __future__ import annotations
 
 import argparse
-import collections
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medllava.errors import ConfigError, DataError, MissingExtraError, ServiceError
+from medllava.errors import ConfigError, DataError, MedllavaError, MissingExtraError, ServiceError
 from medllava.eval.records import Answer, Condition, Failure, Question
 
 if TYPE_CHECKING:
@@ -43,8 +40,9 @@ class Reply:
     finish_reason: str
 
 
-Ask = Callable[[Sequence[tuple["Image.Image | None", str]]], list[Reply]]
-"""(picture or None, prompt) for each question of a batch -> one reply each."""
+Ask = Callable[[Sequence[tuple["Image.Image | None", str]]], Sequence["Reply | MedllavaError"]]
+"""(picture or None, prompt) for each question of a batch -> for each, a reply or why there is none. May also raise
+DataError or ConfigError for the whole batch, which is then asked one by one."""
 
 Job = tuple[Question, Condition]
 
@@ -55,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--model-path", type=Path, help="checkpoint folder, loaded here")
     source.add_argument("--base-url", help="OpenAI-compatible server, for example http://127.0.0.1:8000/v1")
     parser.add_argument("--model", help="model name at the server (default: the first it lists)")
-    parser.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key")
+    parser.add_argument("--api-key-file", type=Path, help="file with the server's key (default: OPENAI_API_KEY)")
     parser.add_argument("--questions", type=Path, help="question file, in place of the definition's")
     parser.add_argument("--images", type=Path, help="folder of the pictures, in place of the definition's")
     parser.add_argument("--out", type=Path, required=True, help="folder for the answers")
@@ -83,8 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.model_path:
         ask, model, details = _local(arguments.model_path, arguments.device, benchmark.max_new_tokens)
     else:
-        key = os.environ.get(arguments.api_key_env) or "none"
-        ask, model, details = _server(arguments.base_url, arguments.model, key, benchmark.max_new_tokens)
+        ask, model, details = _server(arguments, benchmark.max_new_tokens)
     provenance.start_run(
         arguments.out,
         {
@@ -101,11 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
         },
     )
     write_records(arguments.out / "questions.jsonl", questions)
-    local = arguments.model_path is not None
-    failed = answer_all(
-        questions, benchmark, pictures, ask, model, arguments.out,
-        batch=arguments.batch if local else 1, workers=1 if local else arguments.batch,
-    )
+    # A server gets some batches at once, so that one slow answer does not hold up the others.
+    size = arguments.batch * (1 if arguments.model_path else 4)
+    failed = answer_all(questions, benchmark, pictures, ask, model, arguments.out, batch=size)
     print(f"{arguments.out / 'answers.jsonl'}: {len(questions)} questions, {len(benchmark.conditions)} conditions")
     if failed:
         print(f"{failed} could not be asked and stay unscored; reasons in {arguments.out / 'failed.jsonl'}")
@@ -121,7 +116,6 @@ def answer_all(
     out: Path,
     *,
     batch: int = 8,
-    workers: int = 1,
 ) -> int:
     """Ask what ``out/answers.jsonl`` does not have yet and append it; returns how many could not be asked.
 
@@ -139,24 +133,21 @@ def answer_all(
     (out / "failed.jsonl").unlink(missing_ok=True)
     failed, last = 0, ""
 
-    def work(jobs: list[Job]) -> list[Answer | Failure]:
-        return _answer(jobs, benchmark, pictures, ask, model)
-
     with (
         Appender(path) as answers,
         Appender(out / "failed.jsonl") as failures,
         tqdm(total=sum(map(len, batches)), desc="answers", unit="", mininterval=0.5) as progress,
     ):
         progress.update(sum(map(len, batches)) - sum(map(len, pending)))
-        for results in _in_order(work, pending, workers):
-            for result in results:
+        for jobs in pending:
+            for result in _answer(jobs, benchmark, pictures, ask, model):
                 if isinstance(result, Failure):
                     log.warning("question %s (%s): %s", result.question_id, result.condition, result.reason)
                     failures.write(result)
                     failed, last = failed + 1, result.reason
                 elif (result.question_id, result.condition) not in done:
                     answers.write(result)
-            progress.update(len(results))
+            progress.update(len(jobs))
     if not failed:
         (out / "failed.jsonl").unlink()
     if failed == sum(map(len, batches)):
@@ -183,50 +174,30 @@ def _answer(
             ready.append((job, pictures.show(*job)))
         except DataError as error:
             results.append(Failure(question_id=job[0].id, condition=job[1], reason=str(error)))
-    results += _ask(ready, benchmark, ask, model)
+    replies = _ask([(image, benchmark.prompt(question)) for (question, _), image in ready], ask)
+    for ((question, condition), _), reply in zip(ready, replies, strict=True):
+        if isinstance(reply, MedllavaError):
+            results.append(Failure(question_id=question.id, condition=condition, reason=str(reply)))
+        else:
+            results.append(
+                Answer(
+                    question_id=question.id, condition=condition, model=model, text=reply.text,
+                    finish_reason=reply.finish_reason,
+                )
+            )
     return results
 
 
-def _ask(
-    ready: list[tuple[Job, Image.Image | None]], benchmark: Benchmark, ask: Ask, model: str
-) -> list[Answer | Failure]:
-    """Ask a batch; if it is refused, ask one by one, so that only the refused questions are lost."""
-    if not ready:
+def _ask(prompts: list[tuple[Image.Image | None, str]], ask: Ask) -> list[Reply | MedllavaError]:
+    """Ask a batch; if it is refused as a whole, ask one by one, so that only the refused questions are lost."""
+    if not prompts:
         return []
     try:
-        replies = ask([(image, benchmark.prompt(question)) for (question, _), image in ready])
+        return list(ask(prompts))
     except (DataError, ConfigError) as error:
-        if len(ready) == 1:
-            ((question, condition), _) = ready[0]
-            return [Failure(question_id=question.id, condition=condition, reason=str(error))]
-        return [result for one in ready for result in _ask([one], benchmark, ask, model)]
-    return [
-        Answer(
-            question_id=question.id, condition=condition, model=model, text=reply.text,
-            finish_reason=reply.finish_reason,
-        )
-        for ((question, condition), _), reply in zip(ready, replies, strict=True)
-    ]
-
-
-def _in_order(
-    work: Callable[[list[Job]], list[Answer | Failure]], items: list[list[Job]], workers: int
-) -> Iterator[list[Answer | Failure]]:
-    """Results in the order of the items, a few items ahead in threads if there is more than one worker."""
-    if workers == 1:
-        yield from map(work, items)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        running: collections.deque[Future[list[Answer | Failure]]] = collections.deque()
-        try:
-            for item in items:
-                running.append(pool.submit(work, item))
-                if len(running) >= 2 * workers:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        if len(prompts) == 1:
+            return [error]
+        return [reply for prompt in prompts for reply in _ask([prompt], ask)]
 
 
 def _local(path: Path, device: str | None, max_new_tokens: int) -> tuple[Ask, str, dict[str, Any]]:
@@ -249,36 +220,56 @@ def _local(path: Path, device: str | None, max_new_tokens: int) -> tuple[Ask, st
     return ask, answerer.model_id, {"model_sha256": folder_hash(path), "manifest": manifest}
 
 
-def _server(base_url: str, model: str | None, key: str, max_new_tokens: int) -> tuple[Ask, str, dict[str, Any]]:
-    """An OpenAI-compatible server. Connection, key and model faults stop the run; a refused question does not."""
+def _server(arguments: argparse.Namespace, max_new_tokens: int) -> tuple[Ask, str, dict[str, Any]]:
+    """An OpenAI-compatible server. Faults of key, address or model stop the run; a refused question does not."""
     try:
         import openai
     except ImportError as error:
         raise MissingExtraError("openai", "eval", error) from error
+    import asyncio
+
+    from medllava.llm.base import RefusedError, Request, Sampling, UnansweredError
+    from medllava.llm.openai_api import OpenAIModel, is_loopback, resolve_api_key, resolve_base_url
+
+    url = resolve_base_url(arguments.base_url)
+    key = resolve_api_key(url, arguments.api_key_file)
+    server = OpenAIModel(url, key, concurrency=arguments.batch, timeout_s=600)
+    loop = asyncio.Runner()
+    name = arguments.model
+    if name is None:
+        http = openai.DefaultHttpxClient(trust_env=not is_loopback(url))
+        try:
+            name = openai.OpenAI(base_url=url, api_key=key, http_client=http).models.list().data[0].id
+        except (openai.APIError, IndexError) as error:
+            raise ServiceError(f"{url}: no list of models ({error}); check that it runs, or give --model") from error
+    sampling = Sampling(temperature=0.0, max_tokens=max_new_tokens)
+
+    async def ask_one(image: Image.Image | None, prompt: str) -> Reply | MedllavaError:
+        request = Request(model=name, messages=(_message(image, prompt),), sampling=sampling)
+        try:
+            reply = await server.ask(request)
+        except (RefusedError, UnansweredError) as error:
+            return error
+        return Reply(reply.text, reply.finish_reason)
+
+    async def ask_all(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply | MedllavaError]:
+        return await asyncio.gather(*(ask_one(image, prompt) for image, prompt in batch))
+
+    def ask(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply | MedllavaError]:
+        replies = loop.run(ask_all(batch))
+        lost = [reply for reply in replies if isinstance(reply, UnansweredError)]
+        if len(lost) == len(replies):
+            raise ServiceError(f"{lost[0]}; run the same command again to go on")
+        return replies
+
+    return ask, name, {"model_sha256": None, "base_url": url}
+
+
+def _message(image: Image.Image | None, prompt: str) -> dict[str, Any]:
+    """One user message in OpenAI form; the picture comes first, as in training."""
     from medllava.images import to_data_uri
 
-    client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=4, timeout=600)
-    try:
-        name = model or client.models.list().data[0].id
-    except (openai.APIError, IndexError) as error:
-        raise ServiceError(f"{base_url}: no list of models ({error}); check that it runs, and --base-url") from error
-
-    def ask_one(image: Image.Image | None, prompt: str) -> Reply:
-        content: Any = [{"type": "text", "text": prompt}]
-        if image:
-            content = [{"type": "image_url", "image_url": {"url": to_data_uri(image)}}, *content]
-        try:
-            reply = client.chat.completions.create(
-                model=name, temperature=0.0, max_tokens=max_new_tokens, messages=[{"role": "user", "content": content}]
-            )
-            choice = reply.choices[0]
-        except (openai.APIConnectionError, openai.AuthenticationError, openai.NotFoundError) as error:
-            raise ServiceError(f"{base_url}: {error}; run the same command again to go on") from error
-        except (openai.APIError, IndexError, TypeError) as error:
-            raise DataError(f"the server refused it ({error})") from error
-        return Reply(choice.message.content or "", choice.finish_reason)
-
-    def ask(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply]:
-        return [ask_one(image, prompt) for image, prompt in batch]
-
-    return ask, name, {"model_sha256": None, "base_url": base_url}
+    if image is None:
+        return {"role": "user", "content": prompt}
+    picture = {"type": "image_url", "image_url": {"url": to_data_uri(image)}}
+    return {"role": "user", "content": [picture, {"type": "text", "text": prompt}]}

@@ -71,11 +71,13 @@ def _group(name: str, bars: list[tuple[str, Metric]], constant: float | None, y:
             )
         weight = "700" if condition == "real" else "400"
         parts.append(
-            f'<text x="{edge + 6:.1f}" y="{middle + 4}" font-size="11" font-weight="{weight}" fill="#333c48">'
+            f'<text x="{edge + 6:.1f}" y="{middle + 4}" font-size="11" font-weight="{weight}" fill="#333c48"'
+            ' stroke="#fff" stroke-width="3" paint-order="stroke">'
             f"{found.value:.2f}</text>"
         )
     if constant is not None:
-        parts.append(
+        parts.insert(
+            1,
             f'<line x1="{_x(constant)}" y1="{y - 3}" x2="{_x(constant)}" y2="{y + height + 1}" stroke="#c1272d"'
             ' stroke-width="1.3" stroke-dasharray="3 2"/>'
         )
@@ -83,7 +85,7 @@ def _group(name: str, bars: list[tuple[str, Metric]], constant: float | None, y:
 
 
 def _legend(conditions: list[str], constant: bool) -> str:
-    parts, x = [], float(_LEFT)
+    parts, x = [], 24.0
     for condition in conditions:
         label = LABELS[condition]
         parts.append(

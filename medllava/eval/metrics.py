@@ -22,6 +22,7 @@ RESAMPLES = 2000
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 BLIND = "the model's answers do not depend on the picture"
 FEW_GROUPS = 10
+RIGHT_OR_WRONG = {"where", "yes_no", "what", "count", "box_centre", "closed_accuracy"}
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ def metric(name: str, rows: Sequence[Row], *, seed: int = 0) -> Metric:
     scores = [score for _, score in scored]
     groups = [row.question.group for row, _ in scored]
     found = estimate(scores, groups, [_stratum(name, row.question) for row, _ in scored], seed=seed)
-    found = _bounded(scores, groups, found)
+    if name in RIGHT_OR_WRONG:
+        found = _bounded(scores, groups, found)
     return Metric(value=found.value, low=found.low, high=found.high, n=len(scored), unscored=len(rows) - len(scored))
 
 
@@ -266,14 +268,14 @@ def _notes(rows: Sequence[Row], gains: dict[str, Metric]) -> list[str]:
     notes = []
     told = {name: found for name, found in gains.items() if found.value is not None}
     if told and all(_blind(found) for found in told.values()):
-        notes.append(f"On every metric {BLIND}.")
+        amounts = "; ".join(f"{name} {_amount(found)}" for name, found in told.items())
+        notes.append(f"On every metric {BLIND}. Visual gain: {amounts}.")
+        told = {}
     for name, found in told.items():
-        interval = "" if found.low is None else f", 95 % interval {found.low:+.3f} to {found.high:+.3f}"
-        amount = f"visual gain {found.value:+.3f}{interval}"
         if _blind(found):
-            notes.append(f"{name}: {BLIND}, as far as {found.n} questions can tell ({amount}).")
+            notes.append(f"{name}: {BLIND}, as far as {found.n} questions can tell (visual gain {_amount(found)}).")
         elif found.value is not None and found.value < 0:
-            notes.append(f"{name}: the answers are worse with the picture than with a blank one ({amount}).")
+            notes.append(f"{name}: the answers are worse with the picture than with a blank one ({_amount(found)}).")
     groups = {row.question.group for row in rows}
     if len(groups) < FEW_GROUPS:
         notes.append(f"Only {len(groups)} independent groups (videos or cases): the intervals are too narrow.")
@@ -284,6 +286,11 @@ def _notes(rows: Sequence[Row], gains: dict[str, Metric]) -> list[str]:
     if cut_off:
         notes.append(f"{cut_off} answers on real pictures were cut off at the token limit.")
     return notes
+
+
+def _amount(found: Metric) -> str:
+    interval = "" if found.low is None else f" ({found.low:+.3f} to {found.high:+.3f})"
+    return f"{found.value:+.3f}{interval}"
 
 
 def _blind(found: Metric) -> bool:

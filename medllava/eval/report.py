@@ -70,7 +70,7 @@ def write_report(
     title: str,
     gallery: int = 8,
 ) -> None:
-    """Write chart.svg, report.md and report.html into ``out``. ``texts``: question id -> its answer on the real picture."""
+    """Write chart.svg, report.md and report.html into ``out``; ``texts`` maps question ids to answers."""
     from medllava.eval.chart import bar_chart
     from medllava.jsonl import atomic_write
 

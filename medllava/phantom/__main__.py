@@ -9,12 +9,13 @@ was; a video depends on its seed and number only.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medllava.errors import ConfigError, run_cli
+from medllava.errors import ConfigError, MissingExtraError, run_cli
 
 if TYPE_CHECKING:
     from medllava.phantom.session import Settings
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     arguments = parser.parse_args(argv)
     _check(arguments)
+    _require("cv2", "av")
 
     from medllava.phantom.outputs import is_done
     from medllava.phantom.session import Settings
@@ -67,6 +69,14 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} {value}: must be even (H.264 4:2:0) and at least {least}")
     if arguments.noise < 0:
         raise ConfigError(f"--noise {arguments.noise}: must not be negative")
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise MissingExtraError(package, "gen", error) from error
 
 
 def _make(out: Path, seed: int, missing: list[int], total: int, settings: Settings, workers: int) -> None:

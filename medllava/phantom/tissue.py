@@ -216,14 +216,15 @@ def _scatter_nuclei(rng: np.random.Generator, dyes: _Dyes, phase: NDArray[np.flo
 def _blob(
     rng: np.random.Generator, x: float, y: float, rx: float, ry: float, roughness: float = 0.08, points: int = 40
 ) -> NDArray[np.int32]:
-    """An irregular closed outline around (x, y) in 1/16 pixels for cv2; it stays inside the ellipse (rx, ry)."""
+    """An irregular closed outline in 1/16 pixels for cv2 that just fills the rectangle (x, y) -+ (rx, ry)."""
     angles = np.linspace(0, 2 * np.pi, points, endpoint=False)
     radius = np.ones(points)
     for wave in range(2, 6):
         radius += roughness / wave**0.5 * rng.uniform(-1, 1) * np.cos(wave * angles + rng.uniform(0, 2 * np.pi))
-    radius /= radius.max()
-    outline = np.stack([x + rx * radius * np.cos(angles), y + ry * radius * np.sin(angles)], axis=1)
-    return np.round(outline * _FIXED).astype(np.int32)
+    outline = radius[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    low, high = outline.min(axis=0), outline.max(axis=0)
+    unit = (outline - (low + high) / 2) / ((high - low) / 2)
+    return np.asarray(np.round((unit * (rx, ry) + (x, y)) * _FIXED), np.int32)
 
 
 def _paint_gland(rng: np.random.Generator, dyes: _Dyes) -> None:
@@ -348,7 +349,7 @@ def _paint_adipose(rng: np.random.Generator, dyes: _Dyes) -> None:
     x, y = width / 2, height / 2
     dyes.fill(_blob(rng, x, y, x - 1, y - 1, 0.08), 0.08, 0.62)
     turn = rng.uniform(0, 2 * np.pi)
-    cells = [(0.0, 0.0, 0.32), *((0.64, turn + np.pi * (i / 3 + rng.uniform(-0.02, 0.02)), 0.335) for i in range(6))]
+    cells = [(0.0, 0.0, 0.30), *((0.66, turn + np.pi * (i / 3 + rng.uniform(-0.02, 0.02)), 0.31) for i in range(6))]
     for distance, angle, radius in cells:
         at_x, at_y = x + x * distance * np.cos(angle), y + y * distance * np.sin(angle)
         dyes.fill(_blob(rng, at_x, at_y, x * radius, y * radius, 0.07, 24), 0.0, 0.0)

@@ -6,15 +6,9 @@ from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 from numpy.typing import NDArray
-
-from medllava.errors import MissingExtraError
-
-try:
-    import av
-except ImportError as error:
-    raise MissingExtraError("av", "gen", error) from error
 
 KEY_FRAME_S = 4
 """Seconds between key frames, as in web video."""

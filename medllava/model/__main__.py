@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         _refuse_existing(arguments.target)
         tiny_checkpoint(arguments.target, seed=arguments.seed)
     elif arguments.step == "convert":
-        raise CheckpointError(f"{arguments.source}: original LLaVA folders cannot be converted yet; use a Hugging Face one")
+        raise CheckpointError(
+            f"{arguments.source}: original LLaVA folders cannot be converted yet; use a Hugging Face one"
+        )
     else:
         _merge(arguments.source, arguments.target)
     print(f"wrote {arguments.target}")

@@ -207,7 +207,7 @@ class _Reply:
         self.ids.append(token)
         self.finished = is_end
         if not is_end:
-            # Decoded as a whole each time: a token may be part of a character, and its space may depend on what follows.
+            # As a whole each time: a token may be part of a character, and its space may depend on what follows.
             self._decoded = self._tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
         found = [at for text in self._stop if (at := self._decoded.find(text)) >= 0]
         if found:

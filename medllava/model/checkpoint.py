@@ -5,8 +5,8 @@ A folder is one of:
 - ``full``       a stock Hugging Face LLaVA folder (``config.json``, ``*.safetensors``, processor, chat template), with
                  ``medllava.json`` if this project made it;
 - ``projector``  ``projector.safetensors``, the processor and ``medllava.json`` that names the base;
-- ``lora``       a PEFT adapter (``adapter_config.json``, ``adapter_model.safetensors``) together with the projector it was
-                 trained with, the processor and ``medllava.json``.
+- ``lora``       a PEFT adapter (``adapter_config.json``, ``adapter_model.safetensors``), the projector that was trained
+                 with it, the processor and ``medllava.json``.
 
 Which one is read from the files; the folder's name means nothing.
 """
@@ -18,7 +18,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,6 +203,14 @@ def normalise_generation_config(model: Any) -> None:
         config.temperature = config.top_p = config.top_k = None
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """PEFT asks transformers a question that some versions answer with a deprecation warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
+
+
 def projector_state(model: Any) -> dict[str, torch.Tensor]:
     """The projector's tensors, on the CPU, named as in ``projector.safetensors``."""
     state = model.model.multi_modal_projector.state_dict()
@@ -208,17 +218,19 @@ def projector_state(model: Any) -> dict[str, torch.Tensor]:
 
 
 def write_folder(path: Path, write: Callable[[Path], None], last: tuple[str, ...]) -> None:
-    """Let ``write`` fill a temporary folder, then put its files into ``path``; files named in ``last`` go there last, and
-    are removed first, so that a folder that has them is complete. Other files in ``path`` stay."""
+    """Let ``write`` fill a temporary folder, then put its files into ``path``; files named in ``last`` go there last,
+    and are removed first, so that a folder that has them is complete. Other files in ``path`` stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         write(temporary)
+        mask = _umask()
         for file in temporary.iterdir():
+            file.chmod(0o666 & ~mask)  # the libraries leave weights readable by their owner alone
             with file.open("rb") as written:
                 os.fsync(written.fileno())
         if not path.exists():
-            temporary.chmod(0o777 & ~_umask())
+            temporary.chmod(0o777 & ~mask)
             temporary.replace(path)
             return
         for name in last:
@@ -236,6 +248,8 @@ def _umask() -> int:
 
 
 def _save(path: Path, write: Callable[[Path], None], processor: Any, **facts: Any) -> None:
+    from transformers.utils import logging as transformers_logging
+
     image_processor = processor.image_processor
     manifest = Manifest(
         image_size=image_side(image_processor), padding=padding_of(image_processor),
@@ -245,6 +259,7 @@ def _save(path: Path, write: Callable[[Path], None], processor: Any, **facts: An
         processor.chat_template = TEMPLATES[manifest.chat_format]
 
     def write_all(folder: Path) -> None:
+        transformers_logging.disable_progress_bar()
         write(folder)
         processor.save_pretrained(folder)
         manifests.write_manifest(folder, manifest)
@@ -396,8 +411,8 @@ def _check_projector_fits(folder: Path, projector: dict[str, torch.Tensor], base
     weight = projector.get("linear_1.weight")
     if weight is not None and width and text and tuple(weight.shape) != (text, width):
         raise CheckpointError(
-            f"{folder / PROJECTOR_FILE}: it maps {weight.shape[1]} -> {weight.shape[0]} features, but its base {base} needs"
-            f" {width} -> {text}; it belongs to another base"
+            f"{folder / PROJECTOR_FILE}: it maps {weight.shape[1]} -> {weight.shape[0]} features, but its base {base}"
+            f" needs {width} -> {text}; it belongs to another base"
         )
 
 
@@ -413,7 +428,10 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     tensors = _read_tensors(folder / ADAPTER_FILES[1])
-    wrapped = get_peft_model(model, LoraConfig.from_pretrained(str(folder)))
+    config = LoraConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = model.name_or_path
+    with quiet_peft():
+        wrapped = get_peft_model(model, config)
     _refuse(str(folder / ADAPTER_FILES[1]), _differences(get_peft_model_state_dict(wrapped), tensors))
     set_peft_model_state_dict(wrapped, tensors)
     return wrapped

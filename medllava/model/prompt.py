@@ -105,8 +105,8 @@ class PromptBuilder:
     def sample(self, turns: Sequence[Turn], where: str, *, max_length: int | None = None) -> Prompt | None:
         """Ids and labels of a training sample; ``where`` names it in errors.
 
-        If it is longer than ``max_length`` (pictures counted in full), whole trailing exchanges are dropped; None if not
-        even the first one fits. Raises DataError if no token is supervised or the turns do not fit the format.
+        If it is longer than ``max_length`` (pictures counted in full), whole trailing exchanges are dropped; None if
+        not even the first one fits. Raises DataError if no token is supervised or the turns do not fit the format.
         """
         kept = list(turns)
         while True:
@@ -135,6 +135,8 @@ class PromptBuilder:
 
     def _chat(self, turns: Sequence[Turn], where: str) -> tuple[str, list[tuple[int, int]]]:
         """The rendered conversation and the character ranges of its answers with their end tokens."""
+        if turns[0].role == "assistant":
+            raise DataError(f"{where}: the first turn is the assistant's; a conversation starts with the user's")
         spans: list[tuple[int, int]] = []
         whole = self._render(turns, generation_prompt=False)
         for number, turn in enumerate(turns):
@@ -153,7 +155,7 @@ class PromptBuilder:
                 )
             end = self._end.match(body, at + len(answer)) if self._end else None
             if end is None:
-                raise ConfigError("the chat template puts no end token after answers: a model would never learn to stop")
+                raise ConfigError("the chat template puts no end token after answers; a model would not learn to stop")
             spans.append((len(head), end.end()))
         return whole, spans
 

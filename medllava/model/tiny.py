@@ -135,7 +135,9 @@ def llama_config(text: TextSizes, tokenizer: Any) -> Any:
     )
 
 
-def build_clip(vision: VisionSizes, tokenizer: Any, *, projection_dim: int, text_layers: int, text_positions: int) -> Any:
+def build_clip(
+    vision: VisionSizes, tokenizer: Any, *, projection_dim: int, text_layers: int, text_positions: int
+) -> Any:
     """CLIPModel with random weights: the image encoder, and a text encoder that only contrastive training needs."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
@@ -158,7 +160,7 @@ def build_clip(vision: VisionSizes, tokenizer: Any, *, projection_dim: int, text
 
 
 def sin_cos_positions(vision: VisionSizes) -> torch.Tensor:
-    """(1 + patches, hidden): row 0 for the class token is zero; half of each other row tells y, half x (MAE's scheme)."""
+    """(1 + patches, hidden): the class token's row is zero; half of each other row tells y, half x (MAE's scheme)."""
     grid = vision.image_size // vision.patch_size
     quarter = vision.hidden_size // 4
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(quarter) / quarter)

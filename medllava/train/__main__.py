@@ -1,8 +1,9 @@
-"""``python -m medllava.train``: train one stage from a recipe; ``python -m medllava.train preview``: see what is supervised.
+"""``python -m medllava.train``: train one stage from a recipe; with ``preview`` first: see what would be supervised.
 
 example: python -m medllava.train --config train/recipes/demo_stage1.yaml --data llava.json --images frames \\
              --init-from demo-out/stage0 --out demo-out/stage1 optim.learning_rate=1e-3
-example: python -m medllava.train preview --tokenizer demo-out/stage1 --chat-format medllava --data llava.json --out seen.jsonl
+example: python -m medllava.train preview --tokenizer demo-out/stage1 --chat-format medllava --data llava.json \\
+             --out seen.jsonl
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run and its checkpoint")
     parser.add_argument("--init-from", type=Path, help="checkpoint folder to start from (every stage but foundation)")
     parser.add_argument("--eval-data", type=Path, help="validation data (LLaVA JSON, same image folder)")
-    parser.add_argument("--captions", type=Path, help="captions.jsonl whose boxed phrases the foundation stage learns too")
+    parser.add_argument("--captions", type=Path, help="captions.jsonl with boxed phrases, for the foundation stage")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
     parser.add_argument("--plan", action="store_true", help="say what trains, tokens, steps and memory, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
@@ -58,10 +59,10 @@ def _preview(arguments: list[str]) -> int:
         prog="medllava train preview", description="Write ids, labels, prompt and supervised text of every sample."
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer or a checkpoint")
-    parser.add_argument("--chat-format", required=True, help="plain, vicuna_v1, medllava, or template (the folder's own)")
+    parser.add_argument("--chat-format", required=True, help="plain, vicuna_v1, medllava or template (its own)")
     parser.add_argument("--data", type=Path, required=True, help="training data (LLaVA JSON)")
     parser.add_argument("--out", type=Path, required=True, help="JSON Lines to write")
-    parser.add_argument("--tokens-per-image", type=int, default=None, help="default: the checkpoint's; 1 for a tokenizer")
+    parser.add_argument("--tokens-per-image", type=int, default=None, help="default: the checkpoint's, else 1")
     parser.add_argument("--max-length", type=int, default=None)
     given = parser.parse_args(arguments)
 

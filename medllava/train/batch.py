@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -26,8 +27,8 @@ class Batch:
 
     input_ids, labels: (samples, length) int64; ``labels[i, t]`` is ``input_ids[i, t]`` or IGNORE.
     image_positions: places of image tokens in the flattened ids, in the order of the pictures' features.
-    predict_positions: flattened places t whose next token t + 1 is supervised; ``targets`` are those next tokens. This is
-        the one place that shifts labels; the model is not given ``labels``.
+    predict_positions: flattened places t whose next token t + 1 is supervised; ``targets`` are those next tokens. This
+        is the one place that shifts labels; the model is not given ``labels``.
     pixels: (pictures, 3, side, side), or features: (pictures, tokens, width) from the encoder, or neither.
     """
 
@@ -48,11 +49,11 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         if str(device) == "cpu":
             return self
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in vars(self).items()
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
-        return Batch(**moved)
+        return replace(self, **moved)
 
 
 def collate(

@@ -23,10 +23,10 @@ class Optim(Recipe):
     """How long and how fast to learn. AdamW.
 
     Exactly one of ``steps`` (of the optimizer) and ``epochs`` (passes over the data).
-    batch_size: samples per optimizer step over all processes, taken in ``accumulate`` equal pieces; the loss is the mean
-        over the supervised tokens of the whole batch, so that the split does not change it.
-    schedule: ``cosine`` rises linearly during ``warmup`` (fraction of the steps), then falls to zero; ``onecycle`` rises
-        from 1/25 and falls along cosines; ``constant`` stays after the rise.
+    batch_size: samples per optimizer step over all processes, taken in ``accumulate`` equal pieces; the loss is the
+        mean over the supervised tokens of the whole batch, so that the split does not change it.
+    schedule: ``cosine`` rises linearly during ``warmup`` (fraction of the steps), then falls to zero; ``onecycle``
+        rises from 1/25 and falls along cosines; ``constant`` stays after the rise.
     """
 
     steps: int | None = Field(default=None, ge=1)
@@ -55,7 +55,7 @@ class _Stage(Recipe):
     seed: of weights, order, flips, dropout. threads: of PyTorch; by default left alone, or at most 2 for a tiny model,
         which more threads slow down. Keys of several stages: ``kinds`` uses only samples of these kinds;
         ``kind_weights`` says how often a sample of a kind comes in an epoch (1 by default; 0 never; fractions take a
-        different part each epoch); ``flip`` mirrors pictures at random, with the boxes and words of place in their texts.
+        different part each epoch); ``flip`` mirrors pictures at random, with the boxes and words of place in texts.
     log_every, save_every: steps. A run goes on from its last save; it also saves when it is told to stop.
     """
 

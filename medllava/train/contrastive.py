@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +60,18 @@ class ContrastiveBatch:
     def to(self, device: torch.device | str) -> ContrastiveBatch:
         if str(device) == "cpu":
             return self
-        return ContrastiveBatch(**{
-            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()
-        })
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
+        return replace(self, **moved)
 
 
 def read_pairs(
     samples: Sequence[InstructionSample], recipe: Contrastive, images: Path, captions_file: Path | None
 ) -> list[Pair]:
-    """Captions from samples of ``recipe.kinds``; regions from samples of ``recipe.region_kinds`` (a question with one box
-    and an answer without) and from the phrases with boxes in ``captions.jsonl``. Raises DataError if there is nothing."""
+    """Captions from samples of ``recipe.kinds``; regions from samples of ``recipe.region_kinds`` (a question with one
+    box and an answer without) and from the phrases with boxes in ``captions.jsonl``.
+
+    Raises DataError if there is nothing to learn from."""
     captions: dict[str, list[str]] = {}
     regions: dict[str, list[tuple[Box, str]]] = {}
     for sample in samples:
@@ -98,7 +100,7 @@ def read_pairs(
     names = sorted(captions.keys() | (regions.keys() if recipe.region_weight else set()))
     if not names:
         raise DataError(
-            f"no pictures with captions for contrastive training: no sample of kind {', '.join(recipe.kinds)}, and no boxes"
+            f"nothing for contrastive training: no sample of kind {', '.join(recipe.kinds)}, and no boxes"
         )
     pairs = []
     for name in names:
@@ -151,7 +153,7 @@ class ContrastiveData:
             caption_rows=torch.tensor(caption_rows, dtype=torch.long),
             caption_classes=torch.tensor([classes[text] for text in texts], dtype=torch.long),
             region_rows=torch.tensor([row for row, _, _ in regions], dtype=torch.long),
-            region_weights=torch.stack([weights for _, weights, _ in regions]) if regions else torch.zeros(0, self._grid**2),
+            region_weights=torch.stack([weights for _, weights, _ in regions] or [torch.zeros(self._grid**2)]),
             region_targets=torch.tensor([region_texts[text] for _, _, text in regions], dtype=torch.long),
         )]
 
@@ -193,7 +195,7 @@ class ContrastiveLoss(nn.Module):
         texts = functional.normalize(
             self.clip.text_projection(self.clip.text_model(input_ids=batch.tokens).pooler_output), dim=-1
         )
-        loss = seen.pooler_output.sum() * 0.0
+        loss: torch.Tensor = seen.pooler_output.sum() * 0.0
         captions = len(batch.caption_rows)
         if captions > 1 and self._caption_weight:
             images = self.clip.visual_projection(seen.pooler_output[batch.caption_rows])

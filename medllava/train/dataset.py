@@ -20,7 +20,7 @@ from medllava.images import load_image
 from medllava.jsonl import read_json
 from medllava.model.pixels import pixel_values
 from medllava.model.prompt import IGNORE, PromptBuilder
-from medllava.train.augment import VARIANTS, choose_variant, flip_pixels, flip_text
+from medllava.train.augment import choose_variant, flip_pixels, flip_text
 from medllava.train.batch import Batch, Example, collate
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ def check_images(samples: Sequence[InstructionSample], folder: Path) -> None:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise DataError(
-            f"{folder / missing[0]}: no such image file ({len(missing)} of {len(names)} images are missing); --images must be"
-            " the folder that the data file's image paths start from"
+            f"{folder / missing[0]}: no such image file ({len(missing)} of {len(names)} images are missing);"
+            " --images must be the folder that the data file's image paths start from"
         )
 
 
@@ -120,7 +120,7 @@ class Examples:
 
 
 class Pictures:
-    """Pixels of the pictures in ``folder``, mirrored on request; or, after :meth:`cache`, the frozen encoder's features."""
+    """Pixels of the pictures in ``folder``, mirrored on request; after :meth:`cache`, the frozen encoder's features."""
 
     def __init__(self, folder: Path, image_processor: Any) -> None:
         self._folder = folder
@@ -132,7 +132,9 @@ class Pictures:
         values = pixel_values(self._image_processor, [load_image(self._folder / name)])[0]
         return flip_pixels(values, variant)
 
-    def cache(self, names: Sequence[str], variants: Sequence[int], encode: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def cache(
+        self, names: Sequence[str], variants: Sequence[int], encode: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         """Run every picture through ``encode`` once. The key is (file, variant); encoder and processor do not change
         while this object lives."""
         step = max(1, 32 // len(variants))

@@ -1,7 +1,7 @@
 """The loss of a batch, on the stock model's own parts.
 
-It computes what ``LlavaForConditionalGeneration(input_ids, pixel_values, labels)`` computes (a test compares them), but can
-start from cached encoder features, and applies the output head only where a token is supervised.
+It computes what ``LlavaForConditionalGeneration(input_ids, pixel_values, labels)`` computes (a test compares them), but
+can start from cached encoder features, and applies the output head only where a token is supervised.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ def schedule(optim: Optim, step: int, steps: int) -> float:
 
 
 def fit(
-    *, name: str, module: nn.Module, groups: Sequence[Group], optim: Optim, steps: int, batches: Dataset[Any], out: Path,
-    pace: Pace, accelerator: Any, validate: Callable[[], float] | None = None, workers: int = 0,
+    *, name: str, module: nn.Module, groups: Sequence[Group], optim: Optim, steps: int, batches: Dataset[Any],
+    out: Path, pace: Pace, accelerator: Any, validate: Callable[[], float] | None = None, workers: int = 0,
 ) -> float:
     """Train ``module``, which maps a micro-batch to its summed loss; item ``step`` of ``batches`` is a list of
     micro-batches (each with ``weight``, ``ids`` and ``to``). Goes on from ``out/state.pt`` if it is there.
@@ -114,8 +114,8 @@ def fit(
                 ids = ", ".join(sample for batch in micro for sample in batch.ids)
                 what = "loss" if not math.isfinite(loss) else "gradient"
                 raise MedllavaError(
-                    f"{name}: the {what} is not finite at step {step + 1}; the samples of this step: {ids}. Look at them,"
-                    " or lower the learning rate; the last saved state is untouched"
+                    f"{name}: the {what} is not finite at step {step + 1}; the samples of this step: {ids}. Look at"
+                    " them, or lower the learning rate; the last saved state is untouched"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

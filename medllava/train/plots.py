@@ -62,7 +62,7 @@ class TensorBoard:
         except ImportError as error:
             log.warning("no TensorBoard log: %s; pip install 'medllava[train]'", error)
             return self
-        self._writer = SummaryWriter(str(self._folder), purge_step=self._start)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(self._folder), purge_step=self._start)
         return self
 
     def add(self, row: dict[str, Any]) -> None:

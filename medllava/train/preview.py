@@ -16,8 +16,8 @@ def preview(
     tokenizer_folder: Path, chat_format: str, data: Path, out: Path, *, tokens_per_image: int | None = None,
     max_length: int | None = None,
 ) -> int:
-    """Write a line per sample: ``id``, ``input_ids``, ``labels``, ``image_token_id``, ``prompt`` (decoded, image tokens of a
-    picture shown once), ``supervised`` (decoded labels), ``dropped_turns``. Samples that do not fit have ids null.
+    """Write a line per sample: ``id``, ``input_ids``, ``labels``, ``image_token_id``, ``prompt`` (decoded, a picture's
+    tokens shown as one), ``supervised`` (decoded labels), ``dropped_turns``. Samples that do not fit have ids null.
 
     Returns the number of samples. Raises CheckpointError if there is no tokenizer, DataError for a bad sample.
     """

@@ -111,11 +111,9 @@ def _foundation(recipe: FoundationRecipe, paths: Paths, samples: Sequence[Instru
     )
     text_steps = _steps(language_part.optim, text_order)
     rates = (clip_part.optim.learning_rate, language_part.optim.learning_rate)
+    counts = {"image encoder": clip.vision_model, "its text encoder": clip.text_model, "language model": language}
     table = [
-        Part(name, count, count, rate) for name, count, rate in (
-            ("image encoder", _count(clip.vision_model), rates[0]), ("its text encoder", _count(clip.text_model), rates[0]),
-            ("language model", _count(language), rates[1]),
-        )
+        Part(name, _count(part), _count(part), rates[part is language]) for name, part in counts.items()
     ]
     log.info("%s", format_table(table))
     log.info(
@@ -134,16 +132,16 @@ def _foundation(recipe: FoundationRecipe, paths: Paths, samples: Sequence[Instru
             pairs, clip_part, images=paths.images, processor=processor, patches=patches, seed=recipe.seed
         )
         _fit_all(
-            "0a image encoder", ContrastiveLoss(clip, clip_part), clip_part.optim, Steps(pair_order, pair_steps, data.make),
-            tower_file.parent, recipe, accelerator,
+            "0a image encoder", ContrastiveLoss(clip, clip_part), clip_part.optim,
+            Steps(pair_order, pair_steps, data.make), tower_file.parent, recipe, accelerator,
         )
         _write_part(clip.vision_model, tower_file)
     language_file = paths.out / "language" / "language.safetensors"
     if not language_file.is_file():
         make = micro_batches(
-            examples, None, accumulate=language_part.optim.accumulate, flip_seed=recipe.seed if language_part.flip else None,
-            pad_id=tokenizer.pad_token_id, image_token_id=prompts.image_token_id, rank=accelerator.process_index,
-            processes=accelerator.num_processes,
+            examples, None, accumulate=language_part.optim.accumulate,
+            flip_seed=recipe.seed if language_part.flip else None, pad_id=tokenizer.pad_token_id,
+            image_token_id=prompts.image_token_id, rank=accelerator.process_index, processes=accelerator.num_processes,
         )
         _fit_all(
             "0b language model", LanguageLoss(language), language_part.optim, Steps(text_order, text_steps, make),
@@ -163,7 +161,8 @@ def _foundation(recipe: FoundationRecipe, paths: Paths, samples: Sequence[Instru
 
 
 def _fit_all(
-    name: str, module: torch.nn.Module, optim: Optim, steps: Steps, out: Path, recipe: FoundationRecipe, accelerator: Any
+    name: str, module: torch.nn.Module, optim: Optim, steps: Steps, out: Path, recipe: FoundationRecipe,
+    accelerator: Any,
 ) -> None:
     """Train every weight of a part of stage 0."""
     group = Group(name, optim.learning_rate, dict(module.named_parameters()))
@@ -206,15 +205,16 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
 
     chat_format = recipe.chat_format or source.chat_format
     prompts = PromptBuilder(
-        processor.tokenizer, chat_format, tokens_per_image=tokens_per_image(processor), image_token=processor.image_token,
-        template=processor.chat_template,
+        processor.tokenizer, chat_format, tokens_per_image=tokens_per_image(processor),
+        image_token=processor.image_token, template=processor.chat_template,
     )
     wanted = [sample for sample in samples if recipe.kinds is None or sample.kind in recipe.kinds]
     if not wanted:
         raise ConfigError(f"{paths.data}: no sample of kinds {', '.join(recipe.kinds or ())}")
     examples = Examples(wanted, prompts, max_length=recipe.max_length)
     order = Order(
-        len(examples), recipe.optim.batch_size, recipe.seed, tuple(examples.lengths) if recipe.length_grouping else None,
+        len(examples), recipe.optim.batch_size, recipe.seed,
+        tuple(examples.lengths) if recipe.length_grouping else None,
         kind_weights(examples.samples, recipe.kind_weights),
     )
     steps = _steps(recipe.optim, order)
@@ -276,10 +276,10 @@ def _steps(optim: Optim, order: Order) -> int:
 
 
 def _worth_caching(recipe: TuneRecipe, model: Any, pictures: int, tokens: int) -> bool:
-    """Whether the frozen encoder's output is kept in memory. Raises ConfigError if it must be but the encoder trains."""
+    """Whether the frozen encoder's output is kept in memory. Raises ConfigError if it must but the encoder trains."""
     if recipe.tower_layers:
         if recipe.cache_features is True:
-            raise ConfigError("cache_features needs a frozen vision tower; set tower_layers to 0 or cache_features to false")
+            raise ConfigError("cache_features needs a frozen vision tower; set tower_layers to 0")
         return False
     if recipe.cache_features != "auto":
         return recipe.cache_features
@@ -326,14 +326,15 @@ def _plan_text(
     element = 2 if half else 4
     weights = sum(part.parameters for part in table) * element
     trained = sum(part.trainable for part in table)
-    # Kept for the backward pass, in elements per token and layer: about 16 widths and 3 MLP widths; a checkpointed layer keeps one.
+    # Kept for the backward pass, elements per token and layer: about 16 widths and 3 MLP widths; checkpointed: one.
     layer = text.hidden_size if recipe.gradient_checkpointing else 16 * text.hidden_size + 3 * text.intermediate_size
     kept = per_step * longest * (layer * text.num_hidden_layers * element + text.vocab_size * 4)
     total = (weights + trained * 12 + kept) / 1e9
+    epochs = steps * recipe.optim.batch_size / len(examples)
     return (
-        f"{len(examples)} samples, {tokens} tokens per epoch ({examples.supervised} supervised; mean {mean:.0f}, longest"
-        f" {longest}); {steps} steps of {recipe.optim.batch_size} samples = {steps * recipe.optim.batch_size / len(examples):.2f}"
-        f" epochs; about {total:.2f} GB of memory (weights {weights / 1e9:.2f}, gradients and AdamW {trained * 12 / 1e9:.2f},"
+        f"{len(examples)} samples, {tokens} tokens per epoch ({examples.supervised} supervised; mean {mean:.0f},"
+        f" longest {longest}); {steps} steps of {recipe.optim.batch_size} samples = {epochs:.2f} epochs;"
+        f" about {total:.2f} GB of memory (weights {weights / 1e9:.2f}, gradients and AdamW {trained * 12 / 1e9:.2f},"
         f" activations up to {kept / 1e9:.2f})"
     )
 

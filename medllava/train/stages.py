@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from medllava.errors import ConfigError
+from medllava.model.checkpoint import quiet_peft
 from medllava.train.config import TuneRecipe
 from medllava.train.loop import Group
 
@@ -26,9 +27,9 @@ class Part:
 def select(model: Any, recipe: TuneRecipe) -> tuple[Any, list[Group], list[Part]]:
     """Set up a LlavaForConditionalGeneration for the recipe's stage: freeze, add adapters, choose learning rates.
 
-    Returns (the model, inside a PeftModel for stage ``lora``; parameter groups; table). The vision tower is frozen but for
-    ``tower_layers``; stage ``projector`` trains the projector alone; ``lora`` the projector and adapters; ``full`` the
-    projector and the language model with its head.
+    Returns (the model, inside a PeftModel for stage ``lora``; parameter groups; table). The vision tower is frozen but
+    for ``tower_layers``; stage ``projector`` trains the projector alone; ``lora`` the projector and adapters; ``full``
+    the projector and the language model with its head.
     """
     model.requires_grad_(False)
     core = model.model
@@ -39,8 +40,8 @@ def select(model: Any, recipe: TuneRecipe) -> tuple[Any, list[Group], list[Part]
     if recipe.stage == "lora":
         chosen["LoRA"] = ([name for name, _ in model.named_parameters() if ".lora_" in name], rate)
     if recipe.stage == "full":
-        names = [*_names(model, core.language_model), *_names(model, model.lm_head)]
-        chosen["language model"] = (dict.fromkeys(names), rate)
+        # A tied output head is the same parameter as the embedding, under one name.
+        chosen["language model"] = ([*_names(model, nn.ModuleList([core.language_model, model.lm_head]))], rate)
     if recipe.tower_layers:
         layers = _tower_layers(core.vision_tower)
         if recipe.tower_layers > len(layers):
@@ -57,8 +58,8 @@ def select(model: Any, recipe: TuneRecipe) -> tuple[Any, list[Group], list[Part]
         groups.append(Group(name, learning_rate, parameters))
     rates = {group.name: group.learning_rate for group in groups}
     parts = {
-        "vision tower": core.vision_tower, "projector": core.multi_modal_projector, "language model": core.language_model,
-        "output head": model.lm_head,
+        "vision tower": core.vision_tower, "projector": core.multi_modal_projector,
+        "language model": core.language_model, "output head": model.lm_head,
     }
     table = [_part(name, module, rates.get(name)) for name, module in parts.items()]
     if recipe.stage == "full":
@@ -100,7 +101,8 @@ def _with_lora(model: Any, recipe: TuneRecipe) -> Any:
         # A full match on the path: the vision tower has layers of the same names, which must stay as they are.
         target_modules=rf"model\.language_model\..*\.({'|'.join(linear)})",
     )
-    return get_peft_model(model, config)
+    with quiet_peft():
+        return get_peft_model(model, config)
 
 
 def _names(model: nn.Module, part: nn.Module) -> list[str]:

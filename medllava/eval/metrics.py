@@ -246,10 +246,9 @@ def _baselines(name: str, questions: Sequence[Question]) -> dict[str, float]:
     if not labels:
         return {}
     found = {"constant": max(labels.values()) / labels.total()}
-    if name != "count":
-        found["chance"] = float(
-            np.mean([1 / len(question.choices if name != "where" else QUADRANTS) for question in questions])
-        )
+    options = [len(QUADRANTS) if name == "where" else len(question.choices) for question in questions]
+    if all(options):
+        found["chance"] = float(np.mean([1 / number for number in options]))
     return found
 
 

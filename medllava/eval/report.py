@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 HELP = "write the report as JSON, Markdown and one HTML page with pictures"
 
 REFERENCE_COLOUR, ANSWER_COLOUR = "#1a9850", "#e6194b"
+JUDGE = "mean grade 0..1 by a text model that sees the reference but not the picture"
 _RIGHT_IOU = 0.5
 _THUMBNAIL = 480
 
@@ -156,7 +157,7 @@ def _as_html(
     wrong = _spread([row for row in real if row.scores is not None and not _is_right(row)], gallery)
     cards = {row.question.id: _card(row, texts, images) for row in (*right, *wrong)}
     return environment.get_template("report.html").render(
-        title=title, report=report, definitions=METRICS, labels=LABELS,
+        title=title, report=report, definitions={**METRICS, "judge": JUDGE}, labels=LABELS,
         chart=chart.replace("<svg ", '<svg class="chart" ', 1),
         model=report.provenance.get("model", "unknown model"), date=report.provenance.get("date"),
         questions=len(real), groups=len({row.question.group for row in real}),

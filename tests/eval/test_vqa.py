@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import pytest
+
+from medllava.errors import DataError
+from medllava.eval.records import Question, QuestionKind
+from medllava.eval.vqa import (
+    grade, read_choices, read_numbers, read_options, read_quadrants, read_yes_no, token_f1,
+)
+from medllava.geometry import Box
+
+
+def question(kind: QuestionKind, answer: str, choices: tuple[str, ...] = (), box: Box | None = None) -> Question:
+    return Question(id="q", image=None, question="?", kind=kind, answer=answer, choices=choices, box=box, group="g")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", None),
+        ("   ", None),
+        ("I am unable to tell", None),
+        ("Yes, there is no doubt", "yes"),
+        ("not uncommon", None),
+        ("Yes", "yes"),
+        ("NO!", "no"),
+        ("**No.**", "no"),
+        ("“No”", "no"),
+        ("No, there is no gland.", "no"),
+        ("No gland is seen", "no"),
+        ("The answer is yes.", "yes"),
+        ("Answer: no", "no"),
+        ("It is not uncommon to see this, so yes.", "yes"),
+        ("No doubt there is a gland", None),
+        ("There is no way to tell", None),
+        ("Yes or no", None),
+        ("yes/no", None),
+        ("yes no", None),
+        ("Yes. No.", None),
+        ("Nothing", None),
+        ("none", None),
+        ("Nonetheless", None),
+        ("It cannot be excluded", None),
+        ("Known glands", None),
+        ("Eyes", None),
+    ],
+)
+def test_yes_no_is_read_three_ways(text: str, expected: str | None) -> None:
+    assert read_yes_no(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "I am unable to tell", "not uncommon"])
+@pytest.mark.parametrize("truth", ["Yes", "No"])
+def test_an_unclear_answer_is_wrong_whatever_the_truth(text: str, truth: str) -> None:
+    for asked in (question("yes_no", truth), question("closed", truth, ("yes", "no"))):
+        graded = grade(asked, text)
+        assert next(iter(graded.scores.values())) == 0
+        assert graded.read is None
+        assert graded.reason.startswith("unclear")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("In the upper left.", ["upper left"]),
+        ("top-right corner", ["upper right"]),
+        ("Bottom left", ["lower left"]),
+        ("the left upper part", ["upper left"]),
+        ("upper left and lower right", ["upper left", "lower right"]),
+        ("in the centre", []),
+        ("", []),
+        ("upper leftover", []),
+    ],
+)
+def test_quadrants(text: str, expected: list[str]) -> None:
+    assert read_quadrants(text) == expected
+
+
+def test_where_needs_exactly_one_quadrant() -> None:
+    asked = question("where", "In the upper left.")
+    assert grade(asked, "It is at the top left.").scores == {"where": 1.0}
+    assert grade(asked, "In the lower left.").scores == {"where": 0.0}
+    both = grade(asked, "Upper left or lower left.")
+    assert both.scores == {"where": 0.0}
+    assert both.read is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3 findings.", [3]), ("Three.", [3]), ("none", [0]), ("10", [10]), ("1.5", []), ("v2", []), ("", []),
+        ("2 glands and one vessel", [2, 1]), ("there are 2, yes 2", [2]), ("stone", []), ("I count 4.", [4]),
+    ],
+)
+def test_numbers(text: str, expected: list[int]) -> None:
+    assert read_numbers(text) == expected
+
+
+def test_the_longest_choice_is_meant() -> None:
+    choices = ("gland", "gland with a lumen", "blood vessel")
+    assert read_choices("A gland with a lumen.", choices) == ["gland with a lumen"]
+    assert read_choices("Glands, and a blood-vessel", choices) == ["gland", "blood vessel"]
+    assert read_choices("glandular tissue", choices) == []
+    asked = question("what", "A gland.", choices)
+    assert grade(asked, "glands").scores == {"what": 1.0}
+    assert grade(asked, "a gland or a blood vessel").scores == {"what": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "letters"),
+    [
+        ("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("**B**", "B"), ("The answer is B", "B"), ("option b", "B"),
+        ("B: hepatitis B", "B"), ("ghost cells", "A"), ("A gland is seen", ""), ("A or C", "AC"), ("", ""),
+        ("not A, it is C.", "AC"), ("hepatitis B", "B"), ("Vitamin deficiency", ""), ("A: giant cells", "AD"),
+        ("C: giant cells", "C"), ("E", ""),
+    ],
+)
+def test_lettered_options(text: str, letters: str) -> None:
+    options = ("A: ghost cells", "B: hepatitis B", "C: giant cells", "D: giant cells")
+    found = "".join(option[0] for option in read_options(text, options))
+    assert found == ("ACD" if text == "A: giant cells" else letters)
+
+
+def test_box_takes_the_first_box_and_no_box_is_zero() -> None:
+    asked = question("box", "", box=Box(x1=0.0, y1=0.0, x2=0.5, y2=0.5))
+    exact = grade(asked, "Here: [0.00, 0.00, 0.50, 0.50], not [0.5, 0.5, 1.0, 1.0].")
+    assert exact.scores == {"box_iou": 1.0, "box_centre": 1.0}
+    half = grade(asked, "[0, 0, 0.5, 0.25]")
+    assert half.scores == {"box_iou": pytest.approx(0.5), "box_centre": 1.0}
+    for nothing in ("", "upper left", "[0.5, 0.5, 0.1, 0.1]", "[1, 2, 3]"):
+        assert grade(asked, nothing).scores == {"box_iou": 0.0, "box_centre": 0.0}
+        assert grade(asked, nothing).read is None
+
+
+def test_token_f1() -> None:
+    assert token_f1("the mitotic figure", "A mitotic figure.") == (1.0, 1.0)
+    assert token_f1("", "gland") == (0.0, 0.0)
+    f1, recall = token_f1("gland gland gland vessel", "gland")
+    assert recall == 1.0
+    assert f1 == pytest.approx(2 * 0.25 / 1.25)
+    assert token_f1("about 3.5 mm", "3.5 mm")[1] == 1.0
+
+
+def test_a_reference_that_cannot_be_read_is_told() -> None:
+    for asked in (
+        question("yes_no", "Perhaps"), question("where", "everywhere"), question("what", "gland"), question("box", "x"),
+        question("open", " .,"),
+    ):
+        with pytest.raises(DataError, match="question q"):
+            grade(asked, "yes")

@@ -7,6 +7,7 @@ and ``Retry-After`` honoured.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import os
 from pathlib import Path
@@ -33,7 +34,10 @@ _FORMATS = ("json_schema", "json_object", "plain")
 def is_loopback(base_url: str) -> bool:
     """Whether calls to ``base_url`` stay on this machine."""
     host = urlsplit(base_url).hostname or ""
-    return host in {"localhost", "::1"} or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def resolve_base_url(base_url: str | None) -> str:

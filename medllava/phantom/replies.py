@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medllava.geometry import QUADRANTS, Box, parse_boxes
+from medllava.geometry import QUADRANTS, Box, parse_boxes, strip_boxes
 from medllava.phantom import grammar
 
 _TASK = re.compile(r"^Task: (.+?)\s*$", re.MULTILINE)
@@ -43,9 +43,10 @@ def reply_to(messages: Sequence[dict[str, Any]]) -> str:
     """The reply to a chat request, a JSON object as text (a plain sentence for a request that is none of ours)."""
     text = "\n\n".join(_text_of(message.get("content")) for message in messages)
     rng = random.Random(hashlib.sha256(text.encode()).digest())
-    sections = _SECTION.split(text)
-    if len(sections) >= 7:
-        return json.dumps(_judge(dict(zip(sections[1::2], sections[2::2], strict=True))))
+    # No more than three sections are split off: what looks like one inside the answer belongs to the answer.
+    sections = _SECTION.split(text, maxsplit=3)
+    if sections[1::2] == ["Question", "Reference", "Answer"]:
+        return json.dumps(_judge(reference=sections[4], answer=sections[6]))
     task = _TASK.search(text)
     write = _WRITERS.get(task.group(1)) if task else None
     if write is None:
@@ -132,10 +133,10 @@ def _conversation(text: str, rng: random.Random) -> dict[str, Any]:
     empty = [quadrant for quadrant, kind in known.items() if not kind]
     asked = rng.sample(full, min(1, len(full))) + rng.sample(empty, min(int(rng.random() < 0.4), len(empty)))
     pairs += [(grammar.ask_what(quadrant, rng), grammar.tell_what(known[quadrant])) for quadrant in asked]
-    if rng.random() < 0.5 or len(pairs) < 4:
+    if len(pairs) < 4 or (len(pairs) < 6 and rng.random() < 0.5):
         pairs.append((grammar.ask_count(rng), grammar.tell_count(len(findings))))
     rng.shuffle(pairs)
-    return _turns(pairs[:6])
+    return _turns(pairs)
 
 
 def _grounding(text: str, rng: random.Random) -> dict[str, Any]:
@@ -244,33 +245,44 @@ def _case_facts(text: str, rng: random.Random) -> dict[str, Any]:
     return {"diagnosis": diagnosis, "single_case": len(named) <= 1, "clues": clues}
 
 
-def _judge(sections: dict[str, str]) -> dict[str, Any]:
-    """0..10: how far the answer names the findings, places, yes or no, numbers and boxes of the reference, and no
-    others."""
-    reference, answer = _claims(sections["Reference"]), _claims(sections["Answer"])
-    boxes = parse_boxes(sections["Reference"])
+def _judge(reference: str, answer: str) -> dict[str, Any]:
+    """0..10: how far the answer names the findings, places, yes or no, numbers and boxes of the reference.
+
+    An answer that says yes for no, or names only other places, findings or numbers, contradicts it: 0.
+    """
+    boxes = parse_boxes(reference)
     if boxes:
-        given = parse_boxes(sections["Answer"])
-        overlap = max((boxes[0].iou(box) for box in given), default=0.0)
+        overlap = max((boxes[0].iou(box) for box in parse_boxes(answer)), default=0.0)
         return {"score": round(10 * overlap), "reason": f"The box overlaps the reference by {overlap:.2f}."}
-    if not reference:
-        reference, answer = (set(re.findall(r"\w+", sections[name].lower())) for name in ("Reference", "Answer"))
-    shared = reference & answer
-    total = len(reference) + len(answer)
-    score = round(10 * 2 * len(shared) / total) if total else 0
-    missing = ", ".join(sorted(reference - answer)) or "nothing"
+    expected, given = _claims(reference), _claims(answer)
+    if not any(expected.values()):
+        expected, given = {"word": _words(reference)}, {"word": _words(answer)}
+    for sort, claims in expected.items():
+        if claims and given[sort] and not claims & given[sort]:
+            said = ", ".join(sorted(given[sort]))
+            return {"score": 0, "reason": f"Another {sort} than the reference: {said}."}
+    wanted, told = set().union(*expected.values()), set().union(*given.values())
+    score = round(10 * 2 * len(wanted & told) / (len(wanted) + len(told))) if wanted | told else 0
+    missing = ", ".join(sorted(wanted - told)) or "nothing"
     return {"score": score, "reason": f"Missing from the answer: {missing}."}
 
 
-def _claims(text: str) -> set[str]:
-    """What a text asserts, as comparable words: kinds, quadrants, yes or no, numbers, diagnoses."""
+def _claims(text: str) -> dict[str, set[str]]:
+    """What a text asserts, sort by sort, as comparable words."""
     plain = text.lower()
-    claims = {*grammar.find_kinds(plain), *grammar.find_quadrants(plain)}
-    claims |= {name for name in grammar.DIAGNOSES if name in plain}
-    claims |= set(re.findall(r"^\W*(yes|no)\b", plain))
-    claims |= set(re.findall(r"\bonly (stroma)\b", plain))
-    claims |= {str(number) for word, number in _NUMBER_WORDS.items() if re.search(rf"\b{word}\b", plain)}
-    return claims | set(_NUMBER.findall(plain)) if not parse_boxes(plain) else claims
+    spelt = {str(number) for word, number in _NUMBER_WORDS.items() if re.search(rf"\b{word}\b", plain)}
+    stroma = {"stroma"} if re.search(r"\bstroma\b", plain) else set()
+    return {
+        "verdict": set(re.findall(r"^\W*(yes|no)\b", plain)),
+        "finding": {*grammar.find_kinds(plain), *stroma},
+        "place": set(grammar.find_quadrants(plain)),
+        "number": spelt | set(_NUMBER.findall(strip_boxes(plain))),
+        "diagnosis": {name for name in grammar.DIAGNOSES if name in plain},
+    }
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
 
 
 def _fields(text: str) -> dict[str, str]:

@@ -1,0 +1,282 @@
+"""Where a cursor may be in each frame: small spots that differ from the picture behind it.
+
+The background is the median over a window of frames; the noise at each pixel is what neighbouring samples usually
+differ by, so a cursor at rest does not raise it. What exceeds both in luma or chroma is gathered into spots. Which of
+the spots is the cursor is decided later, over time (:mod:`medllava.instruct_gen.track`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from medllava.instruct_gen.background import Thinned, median, pixel_ranks, spread
+from medllava.instruct_gen.video import Frame, Plane
+
+Floats = npt.NDArray[np.float32]
+
+SAMPLES = 25
+"""Frames whose median is the background of a window."""
+
+MOST_SPOTS = 10
+"""Spots kept per frame, strongest first."""
+
+WIDEST = 0.3
+"""Spots larger than this fraction of the picture's height are no cursor."""
+
+CELL = 4
+"""Side, in pixels of the working luma, of the cells in which spots are found."""
+
+REACH = 8
+"""Half side, in pixels of the chroma planes, of the patch that describes a spot."""
+
+MOST_PATCHES = 600
+"""Moving spots whose surroundings are kept, spread over the video, to learn the cursor's shape from."""
+
+LOOKS = 8
+"""Numbers that describe what a spot looks like."""
+
+LAG = 3
+"""Frames before and after with which a spot is compared to see whether it moves."""
+
+SPAN_S = 4.0
+"""Zones of steady change are found by how many spans of this length they change in."""
+
+
+@dataclass(frozen=True)
+class Background:
+    """Median picture of a window (``y`` at working size; ``u``, ``v`` half) and how far noise carries each pixel."""
+
+    y: Plane
+    u: Plane
+    v: Plane
+    noise_y: Plane
+    noise_u: Plane
+    noise_v: Plane
+
+    @classmethod
+    def of(cls, frames: Sequence[Frame]) -> Background:
+        picked = spread(frames, SAMPLES)
+        stacks = [[f.y for f in picked], [f.u for f in picked], [f.v for f in picked]]
+        y, u, v = (median(stack) for stack in stacks)
+        luma, *chroma = (_noise(stack, floor) for stack, floor in zip(stacks, (5.0, 3.0, 3.0), strict=True))
+        return cls(y, u, v, luma, *chroma)
+
+    def difference(self, a: Frame | Background, b: Frame | Background) -> Plane:
+        """How far the two differ beyond the noise at each chroma pixel, luma and both chromas together."""
+        height, width = self.u.shape
+        luma = cv2.subtract(cv2.absdiff(a.y, b.y), self.noise_y)
+        luma = cv2.resize(luma, (width, height), interpolation=cv2.INTER_AREA)
+        chroma = cv2.add(
+            cv2.subtract(cv2.absdiff(a.u, b.u), self.noise_u), cv2.subtract(cv2.absdiff(a.v, b.v), self.noise_v)
+        )
+        return np.asarray(cv2.add(cv2.add(luma, chroma), chroma), np.uint8)
+
+
+@dataclass(frozen=True)
+class Spots:
+    """Spots of a window's frames, one row each.
+
+    ``frame``: index of the frame; ``t_s``; ``xy``: place in pixels of the working luma, n x 2; ``looks``: n x 8: log of
+    the summed difference, rms radius (chroma pixels), then y, u, v, each as it is and against the background. ``moving`` 0..1: how much
+    of the spot is new against the frames shortly before *and* shortly after.
+    """
+
+    frame: npt.NDArray[np.int32]
+    t_s: Floats
+    xy: Floats
+    looks: Floats
+    moving: Floats
+
+    def only(self, rows: npt.NDArray[np.bool_]) -> Spots:
+        return Spots(self.frame[rows], self.t_s[rows], self.xy[rows], self.looks[rows], self.moving[rows])
+
+
+def _noise(stack: Sequence[Plane], floor: float) -> Plane:
+    """Threshold plane: 2.5 x the usual difference between neighbouring samples, at least ``floor``, at most 40."""
+    if len(stack) < 2:
+        return np.full_like(stack[0], round(floor))
+    steps = [np.asarray(cv2.absdiff(a, b), np.uint8) for a, b in zip(stack, stack[1:], strict=False)]
+    usual = pixel_ranks(steps, [int(0.6 * len(steps))])[0]
+    usual = np.asarray(cv2.max(usual, cv2.blur(usual, (5, 5))), np.uint8)
+    return np.asarray(np.minimum(2.5 * usual.astype(np.float32) + floor, 40), np.uint8)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What a moving spot's surroundings look like: ``looks`` of the spot, ``shape`` its difference (chroma pixels,
+    2 REACH + 1 square) and ``centre`` (x, y) of the spot within ``shape``."""
+
+    looks: Floats
+    shape: Plane
+    centre: Floats
+
+
+class SpotFinder:
+    """Finds spots in windows of one video and learns, over the whole video, where something changes all the time."""
+
+    def __init__(self) -> None:
+        self.patches: Thinned[Patch] = Thinned(MOST_PATCHES)
+        self._spans = 0
+        self._active: npt.NDArray[np.uint16] | None = None
+
+    def find(self, frames: Sequence[Frame], background: Background) -> Spots:
+        zone = self.zone()
+        still = np.stack([background.difference(frame, background) for frame in frames])
+        fresh = _fresh(frames, background)
+        cells = [_cells(difference) for difference in still]
+        self._learn_zones(frames, cells)
+        rows: list[tuple[int, int, float, float]] = []
+        for index, cell in enumerate(cells):
+            moving = _blobs(_cells(fresh[index]), zone)
+            rows.extend((index, 1, x, y) for x, y in moving)
+            rows.extend(
+                (index, 0, x, y) for x, y in _blobs(cell, zone) if all(abs(x - a) + abs(y - b) > 4 for a, b in moving)
+            )
+        place = np.array(rows, dtype=np.float32).reshape(-1, 4)
+        index, kind = place[:, 0].astype(np.int32), place[:, 1].astype(np.int32)
+        t_s = np.array([frames[i].t_s for i in index], np.float32)
+        xy, looks, moving = _describe(frames, background, (still, fresh), index, kind, place[:, 2:])
+        self._keep_patches(np.maximum(still, fresh), index, xy, looks, moving)
+        return Spots(index, t_s, xy, looks, moving)
+
+    def outside_zone(self, spots: Spots) -> Spots:
+        """The spots that do not lie where something changes all the time, as far as is known by now."""
+        zone = self.zone()
+        if zone is None:
+            return spots
+        cell = (spots.xy / CELL).astype(int).clip(0, (zone.shape[1] - 1, zone.shape[0] - 1))
+        return spots.only(zone[cell[:, 1], cell[:, 0]] == 0)
+
+    def _keep_patches(
+        self, maps: Plane, index: npt.NDArray[np.int32], xy: Floats, looks: Floats, moving: Floats
+    ) -> None:
+        height, width = maps.shape[1:]
+        for row in np.flatnonzero(moving > 0.7)[::3]:
+            x, y = (xy[row] - 0.5) / 2
+            left, top = round(float(x)) - REACH, round(float(y)) - REACH
+            if left >= 0 and top >= 0 and left + 2 * REACH < width and top + 2 * REACH < height:
+                shape = maps[index[row], top : top + 2 * REACH + 1, left : left + 2 * REACH + 1].copy()
+                self.patches.add(Patch(looks[row], shape, np.array([x - left, y - top], np.float32)))
+
+    def zone(self) -> Plane | None:
+        """255 in cells that change in most spans of the video (talking head, clock, subtitles); None if unknown yet."""
+        if self._active is None or self._spans < 5:
+            return None
+        zone = np.where(self._active > 0.5 * self._spans, 255, 0).astype(np.uint8)
+        # The quiet parts between a face's moving outlines belong to it as well: such zones are rectangles.
+        joined = cv2.morphologyEx(zone, cv2.MORPH_CLOSE, np.ones((9, 9), np.uint8))
+        _, _, boxes, _ = cv2.connectedComponentsWithStats(joined)
+        for x, y, width, height, area in boxes[1:].tolist():
+            if area >= 4:
+                zone[y : y + height, x : x + width] = 255
+        return zone
+
+    def _learn_zones(self, frames: Sequence[Frame], cells: Sequence[Plane]) -> None:
+        if self._active is None:
+            self._active = np.zeros(cells[0].shape, np.uint16)
+        changed = np.zeros(cells[0].shape, np.uint8)
+        start_s = frames[0].t_s
+        for frame, before, after in zip(frames[1:], cells, cells[1:], strict=False):
+            changed |= np.asarray(cv2.threshold(cv2.absdiff(before, after), 4, 1, cv2.THRESH_BINARY)[1], np.uint8)
+            if frame.t_s - start_s >= SPAN_S:
+                self._active += changed
+                self._spans += 1
+                changed[:] = 0
+                start_s = frame.t_s
+
+
+def _fresh(frames: Sequence[Frame], background: Background) -> Plane:
+    """For each frame, what was not there shortly before nor is there shortly after: n x chroma size."""
+    count = len(frames)
+    steps = [background.difference(frames[i], frames[i - LAG]) for i in range(LAG, count)]
+    # A window's first and last frames can only be compared with one side.
+    sides = [(max(0, min(i - LAG, len(steps) - 1)), min(i, len(steps) - 1)) for i in range(count)]
+    if not steps:
+        return np.zeros((count, *background.u.shape), np.uint8)
+    return np.stack([np.asarray(cv2.min(steps[a], steps[b]), np.uint8) for a, b in sides])
+
+
+def _cells(difference: Plane) -> Plane:
+    height, width = difference.shape
+    cells = cv2.resize(difference, (width // 2, height // 2), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.blur(cells, (3, 3)), np.uint8)
+
+
+def _blobs(cells: Plane, zone: Plane | None) -> list[tuple[float, float]]:
+    """Centres (chroma pixels) of the strongest connected spots outside the zone."""
+    if zone is not None:
+        cells = np.asarray(cv2.bitwise_and(cells, cv2.bitwise_not(zone)), np.uint8)
+    # A frame that is off as a whole (just after a pan, a low-quality frame) has to be clearer.
+    least = 2 + 6 * cv2.mean(cells)[0]
+    if cv2.minMaxLoc(cells)[1] <= least:
+        return []
+    mask = cv2.threshold(cells, least, 255, cv2.THRESH_BINARY)[1]
+    _, _, boxes, centres = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    largest = WIDEST * cells.shape[0]
+    found = []
+    for (x, y, width, height, _), (cx, cy) in zip(boxes[1:61].tolist(), centres[1:61].tolist(), strict=True):
+        if width <= largest and height <= largest:
+            found.append((int(cells[y : y + height, x : x + width].sum()), 2 * cx + 0.5, 2 * cy + 0.5))
+    found.sort(reverse=True)
+    return [(x, y) for _, x, y in found[:MOST_SPOTS]]
+
+
+def _describe(
+    frames: Sequence[Frame],
+    background: Background,
+    maps: tuple[Plane, Plane],
+    index: npt.NDArray[np.int32],
+    kind: npt.NDArray[np.int32],
+    centres: Floats,
+) -> tuple[Floats, Floats, Floats]:
+    """Refined places (pixels of the working luma), looks and ``moving`` of the spots near ``centres`` (chroma pixels).
+
+    ``maps``: difference to the background, and what is fresh, n x chroma size; ``kind``: which of them showed a spot.
+    """
+    if len(index) == 0:
+        return np.zeros((0, 2), np.float32), np.zeros((0, LOOKS), np.float32), np.zeros(0, np.float32)
+    height, width = maps[0].shape[1:]
+    steps = np.arange(-REACH, REACH + 1, dtype=np.int32)
+    for reach in (REACH, REACH - 2):
+        nearest = np.rint(centres).astype(np.int32)
+        rows, columns = nearest[:, 1, None] + steps, nearest[:, 0, None] + steps
+        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+        at = index[:, None, None], rows.clip(0, height - 1)[:, :, None], columns.clip(0, width - 1)[:, None, :]
+        still, fresh = maps[0][at], maps[1][at]
+        weights = np.where(kind[:, None, None] == 1, fresh, still) * inside.astype(np.float32)
+        near = (np.abs(steps) <= reach).astype(np.float32)
+        weights *= near[:, None] * near
+        # Only what stands out as the spot's own core does counts, not the noise around it.
+        weights = np.maximum(weights - 0.25 * weights.max((1, 2), keepdims=True), 0)
+        total = weights.sum((1, 2)) + 1e-3
+        dx, dy = weights.sum(1) @ steps / total, weights.sum(2) @ steps / total
+        centres = (nearest + np.stack([dx, dy], 1)).astype(np.float32)
+    # Looks are taken from the difference to the background, whichever map showed the spot, and from near its core only.
+    square = (weights.sum(1) @ steps**2 + weights.sum(2) @ steps**2) / total - dx**2 - dy**2
+    core = (2 * np.sqrt(np.maximum(square, 0)) + 1.5) ** 2
+    away = (steps[:, None] - dy[:, None, None]) ** 2 + (steps - dx[:, None, None]) ** 2
+    body = np.where(away <= core[:, None, None], np.maximum(still, fresh), 0) * inside.astype(np.float32)
+    body = np.maximum(body - 0.25 * body.max((1, 2), keepdims=True), 0)
+    mass = body.sum((1, 2)) + 1e-3
+    looks = [np.log(mass), np.sqrt((body * away).sum((1, 2)) / mass)]
+    for stack, base in (
+        (np.stack([_halved(f.y) for f in frames]), _halved(background.y)),
+        (np.stack([f.u for f in frames]), background.u),
+        (np.stack([f.v for f in frames]), background.v),
+    ):
+        colour = (stack[at] * body).sum((1, 2)) / mass
+        behind = (base[at[1:]] * body).sum((1, 2)) / mass
+        looks.extend((colour, colour - behind))
+    moving = np.minimum(fresh, weights).sum((1, 2)) / total
+    # A chroma pixel's centre lies between two luma pixels.
+    return (2 * centres + 0.5).astype(np.float32), np.stack(looks, 1).astype(np.float32), moving.astype(np.float32)
+
+
+def _halved(luma: Plane) -> Plane:
+    height, width = luma.shape
+    return np.asarray(cv2.resize(luma, (width // 2, height // 2), interpolation=cv2.INTER_AREA), np.uint8)

@@ -1,0 +1,184 @@
+"""Narrated videos to narratives and grounded captions.
+
+Each video's stable parts, the cursor's path in them and what was said meanwhile become one line of narratives.jsonl
+each; every phrase with the box the narrator pointed at (or null) goes to captions.jsonl, pictures to frames/. The
+transcript lies beside its video: STEM.words.json or .json (WhisperX, whisper), .srt or .vtt.
+
+A video that cannot be used is named in failed.jsonl and the rest goes on. Run again to go on after a stop: finished
+videos are not done twice.
+
+Example:
+  python -m medllava.instruct_gen narrate --videos lectures/ --out work/narrated --workers 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medllava.errors import ConfigError, DataError
+from medllava.jsonl import read_json, write_json, write_records
+
+HELP = "narrated videos + transcripts -> narratives.jsonl, captions.jsonl, frames/"
+
+ENDINGS = frozenset(
+    {".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"}
+)
+"""Files taken for videos in a folder."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One video to be worked on."""
+
+    video: Path
+    transcripts: Path | None
+    out: Path
+
+    @property
+    def part(self) -> Path:
+        """Where the video's result is kept until all are put together, and for the next run."""
+        return self.out / "parts" / f"{self.video.name}.json"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--videos", type=Path, required=True, help="folder of videos, or one video")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--transcripts", type=Path, help="folder of the transcripts (default: beside the videos)")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.workers < 1:
+        raise ConfigError(f"--workers {args.workers}: expected 1 or more")
+    if args.transcripts is not None and not args.transcripts.is_dir():
+        raise ConfigError(f"--transcripts {args.transcripts}: no such folder")
+    videos = find_videos(args.videos)
+    tasks = [Task(video, args.transcripts, args.out) for video in videos]
+    failures = dict(_work(tasks, args.workers))
+    done = [task for task in tasks if task.video.name not in failures]
+    if not done:
+        first = next(iter(failures.values()))
+        more = f" (and {len(failures) - 1} more, see {args.out / 'failed.jsonl'})" if len(failures) > 1 else ""
+        _write_failures(args.out, failures)
+        raise DataError(f"no video could be used: {first}{more}")
+    counts = _assemble(args.out, done)
+    _write_failures(args.out, failures)
+    # The end of a long run is read by people: say what came of it.
+    log_line = (
+        f"{len(done)} of {len(tasks)} videos: {counts['narratives']} narratives,"
+        f" {counts['phrases']} phrases, {counts['boxes']} with a box -> {args.out}"
+    )
+    print(log_line)  # noqa: T201
+    if failures:
+        print(f"warning: {len(failures)} of {len(tasks)} videos failed, see {args.out / 'failed.jsonl'}")  # noqa: T201
+        for reason in list(failures.values())[:5]:
+            print(f"  {reason}")  # noqa: T201
+    return 0
+
+
+def find_videos(where: Path) -> list[Path]:
+    """The videos in a folder by name, or the one video given. Raises DataError if there is none."""
+    if where.is_file():
+        return [where]
+    if not where.is_dir():
+        raise DataError(f"{where}: no such file or folder")
+    found = sorted(path for path in where.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
+    if not found:
+        raise DataError(f"{where}: holds no video (looked for {', '.join(sorted(ENDINGS))})")
+    stems = [path.stem for path in found]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise DataError(f"{where}: two videos are named {twice}; ids are made from the name, so rename one")
+    return found
+
+
+def _work(tasks: list[Task], workers: int) -> Iterator[tuple[str, str]]:
+    """(video name, reason) of each video that failed, in order of name; results of the others are on disk."""
+    from tqdm import tqdm
+
+    reasons: dict[str, str | None] = {}
+    with tqdm(total=len(tasks), desc="narrate", unit="video") as progress:
+        if workers == 1 or len(tasks) == 1:
+            for task in tasks:
+                reasons[task.video.name] = narrate_one(task)
+                progress.update()
+        else:
+            with ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn")) as pool:
+                names = {pool.submit(narrate_one, task): task.video.name for task in tasks}
+                try:
+                    for future in as_completed(names):
+                        reasons[names[future]] = future.result()
+                        progress.update()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+    for name, reason in sorted(reasons.items()):
+        if reason is not None:
+            yield name, reason
+
+
+def narrate_one(task: Task) -> str | None:
+    """Work on one video unless its result is there already. Returns the reason if it cannot be used."""
+    from medllava.instruct_gen.narrator import fingerprint, narrate
+    from medllava.instruct_gen.speech import find_transcript
+
+    try:
+        transcript = find_transcript(task.video, task.transcripts)
+        stamp = fingerprint(task.video, transcript)
+        if _is_done(task, stamp):
+            return None
+        result = narrate(task.video, transcript, task.out)
+    except DataError as error:
+        task.part.unlink(missing_ok=True)
+        return str(error)
+    write_json(
+        task.part,
+        {
+            "fingerprint": stamp,
+            "video": result.video.model_dump(mode="json"),
+            "narratives": [record.model_dump(mode="json") for record in result.narratives],
+            "captions": [record.model_dump(mode="json") for record in result.captions],
+        },
+    )
+    return None
+
+
+def _is_done(task: Task, stamp: str) -> bool:
+    if not task.part.is_file():
+        return False
+    try:
+        part = read_json(task.part)
+        frames = [task.out / row["image"] for row in part["narratives"]]
+        return bool(part["fingerprint"] == stamp) and all(frame.is_file() for frame in frames)
+    except (DataError, KeyError, TypeError):
+        return False
+
+
+def _assemble(out: Path, done: list[Task]) -> dict[str, int]:
+    """Put the videos' results together, in order of name and time."""
+
+    def rows(key: str) -> Iterator[dict[str, Any]]:
+        for task in done:
+            yield from read_json(task.part)[key]
+
+    counts = {"narratives": write_records(out / "narratives.jsonl", rows("narratives")), "phrases": 0, "boxes": 0}
+    write_records(out / "captions.jsonl", rows("captions"))
+    write_records(out / "videos.jsonl", (read_json(task.part)["video"] for task in done))
+    for caption in rows("captions"):
+        counts["phrases"] += len(caption["phrases"])
+        counts["boxes"] += sum(phrase["box"] is not None for phrase in caption["phrases"])
+    return counts
+
+
+def _write_failures(out: Path, failures: dict[str, str]) -> None:
+    write_records(out / "failed.jsonl", ({"video": name, "reason": reason} for name, reason in failures.items()))

@@ -1,0 +1,169 @@
+"""One narrated video to narratives and grounded captions, in one pass and constant memory.
+
+Frames stream through the test for stillness; a stable run is worked on in windows of at most 20 s, which leave behind a
+few numbers per frame (the spots that may be the cursor). What the cursor looks like is known only at the end of the
+video, so paths, boxes and records are made then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+
+from medllava.instruct_gen.background import Thinned
+from medllava.instruct_gen.cursor import Background, Floats, SpotFinder, Spots
+from medllava.instruct_gen.grounding import ground
+from medllava.instruct_gen.picture import KEPT, Crop, encode_png, find_crop, full_median, is_tissue
+from medllava.instruct_gen.records import GroundedCaption, Narrative, Phrase, TracePoint, Utterance, Video
+from medllava.instruct_gen.speech import read_transcript
+from medllava.instruct_gen.stable import SHORTEST_S, stable_runs
+from medllava.instruct_gen.track import Appearance, hot_spot, learn_appearance, likeliest
+from medllava.instruct_gen.video import Frame, VideoReader
+from medllava.jsonl import atomic_write
+
+WINDOW = 160
+"""Most frames worked on at once (20 s at eight a second)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one video gives."""
+
+    video: Video
+    narratives: tuple[Narrative, ...]
+    captions: tuple[GroundedCaption, ...]
+
+
+@dataclass
+class _Chunk:
+    """A stable run that shows tissue, as measured: its picture is on disk, its cursor not yet decided."""
+
+    start_s: float
+    end_s: float
+    crop: Crop
+    image: str
+    windows: list[Spots] = field(default_factory=list)
+
+
+def narrate(video: Path, transcript: Path, out: Path) -> Result:
+    """Work through one video; its frames go to ``out/frames``. Raises DataError naming the file that is at fault."""
+    cv2.setNumThreads(1)
+    reader = VideoReader(video)
+    utterances = read_transcript(transcript, reader.video.duration_s)
+    finder = SpotFinder()
+    chunks: list[_Chunk] = []
+    for _, run in groupby(stable_runs(reader.frames()), key=lambda pair: pair[0]):
+        identity = f"{video.stem}-{len(chunks):03d}"
+        chunk = _measure((frame for _, frame in run), reader, finder, identity, out)
+        if chunk is not None:
+            chunks.append(chunk)
+    spots = [finder.outside_zone(window) for chunk in chunks for window in chunk.windows]
+    appearance = learn_appearance(spots)
+    offset = hot_spot(finder.patches.items, appearance) if appearance is not None else np.zeros(2, np.float32)
+    narratives, captions = [], []
+    for number, chunk in enumerate(chunks):
+        trace = _trace(chunk, finder, appearance, offset, reader)
+        said = [u for u in utterances if _overlap(u, chunk) >= 0.5 * (u.end_s - u.start_s)]
+        common: dict[str, Any] = {
+            "id": f"{video.stem}-{number:03d}", "video": video.name, "image": chunk.image, "crop_px": chunk.crop,
+        }
+        narratives.append(
+            Narrative(
+                start_s=round(chunk.start_s, 3), end_s=round(chunk.end_s, 3), trace=tuple(trace),
+                utterances=tuple(said), **common,
+            )
+        )
+        size = (chunk.crop[2] - chunk.crop[0], chunk.crop[3] - chunk.crop[1])
+        phrases = [
+            Phrase(text=u.text, start_s=u.start_s, end_s=u.end_s, box=ground(u, trace, size)) for u in said
+        ]
+        if phrases:
+            captions.append(GroundedCaption(phrases=tuple(phrases), **common))
+    return Result(reader.video, tuple(narratives), tuple(captions))
+
+
+def fingerprint(*files: Path) -> str:
+    """Changes when a file or the code of this step changes: work done under another fingerprint is done again."""
+    digest = hashlib.sha256()
+    for code in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(code.read_bytes())
+    for path in files:
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(65536))
+    return digest.hexdigest()
+
+
+def _measure(
+    frames: Iterator[Frame], reader: VideoReader, finder: SpotFinder, identity: str, out: Path
+) -> _Chunk | None:
+    """Work through one run of still frames; None if it is too short or shows no tissue."""
+    held: list[Frame] = []
+    sources: Thinned[av.VideoFrame] = Thinned(KEPT)
+    windows: list[Spots] = []
+    start_s = end_s = -1.0
+    first: Background | None = None
+    for frame in frames:
+        start_s = frame.t_s if start_s < 0 else start_s
+        end_s = frame.t_s
+        sources.add(frame.source)
+        held.append(frame)
+        if len(held) == WINDOW:
+            background = Background.of(held)
+            if first is None and not is_tissue(background):
+                return None
+            first = first or background
+            windows.append(finder.find(held[: WINDOW // 2], background))
+            del held[: WINDOW // 2]
+    if end_s - start_s < SHORTEST_S:
+        return None
+    background = Background.of(held)
+    if first is None and not is_tissue(background):
+        return None
+    windows.append(finder.find(held, background))
+    width, height = reader.video.width, reader.video.height
+    x0, y0, x1, y1 = crop = find_crop(background, width, height)
+    picture = reader.upright(full_median(sources.items))[y0:y1, x0:x1]
+    image = f"frames/{identity}.png"
+    with atomic_write(out / image, "wb") as file:
+        file.write(encode_png(np.ascontiguousarray(picture)))
+    return _Chunk(start_s, end_s, crop, image, windows)
+
+
+def _trace(
+    chunk: _Chunk, finder: SpotFinder, appearance: Appearance | None, offset: Floats, reader: VideoReader
+) -> list[TracePoint]:
+    """The cursor's path through a chunk, 0..1 of its picture."""
+    if appearance is None:
+        return []
+    x0, y0, x1, y1 = chunk.crop
+    trace = []
+    for spots in (finder.outside_zone(window) for window in chunk.windows):
+        path = likeliest(spots, appearance)
+        scores = appearance.score(spots.looks[path]) + 2 * spots.moving[path]
+        xy = (spots.xy[path] + offset + 0.5) * reader.reduction
+        for t_s, (x, y), score in zip(spots.t_s[path], xy, scores, strict=True):
+            across, down = (float(x) - x0) / (x1 - x0), (float(y) - y0) / (y1 - y0)
+            if -0.02 <= across <= 1.02 and -0.02 <= down <= 1.02:
+                confidence = round(float(1 / (1 + np.exp(-score))), 3)
+                trace.append(
+                    TracePoint(
+                        t_s=round(float(t_s), 3), x=min(max(across, 0.0), 1.0), y=min(max(down, 0.0), 1.0),
+                        confidence=confidence,
+                    )
+                )
+    return trace
+
+
+def _overlap(utterance: Utterance, chunk: _Chunk) -> float:
+    return max(0.0, min(utterance.end_s, chunk.end_s) - max(utterance.start_s, chunk.start_s))
+

@@ -1,0 +1,155 @@
+"""Where a video holds still: runs of frames that show the same picture, whatever cursor or talking head moves on it.
+
+Each frame is compared with the *anchor*, an early frame of its run, block by block at a quarter of the working
+resolution: by correlation (another field, a cut) and by displacement (a slow pan, a zoom). Medians over blocks make
+both blind to what moves locally, and both ignore brightness, so flicker does not end a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from medllava.instruct_gen.video import Frame, Plane
+
+Array = npt.NDArray[np.float32]
+
+SHORTEST_S = 3.0
+"""Shorter runs are not stable chunks."""
+
+BLOCK = 10
+"""Side of a block in pixels of the reduced luma (40 pixels at 360 lines)."""
+
+QUIET = 1
+"""Median block difference (grey levels) up to which frames are the same without a closer look."""
+
+FLAT = 6.0
+"""Variance below which a block has no texture to compare."""
+
+SAME = 0.55
+"""Median block correlation with the anchor above which the field is the same."""
+
+DRIFT = 0.2
+"""Displacement against the anchor, in pixels of the reduced luma, above which the view has moved."""
+
+SETTLED_S = 0.5
+"""Age at which a run takes its newest frame as the anchor: its first frames may still be coming to rest."""
+
+
+def stable_runs(frames: Iterator[Frame]) -> Iterator[tuple[int, Frame]]:
+    """(run number, frame) for each frame; frames of one run show one still picture. A run may be of any length.
+
+    A single deviating frame inside a run (a flash, a damaged frame) is left out.
+    """
+    run = 0
+    anchor: _Anchor | None = None
+    since_s, settled = 0.0, False
+    odd: tuple[Frame, Plane] | None = None
+    for frame in frames:
+        small = reduced(frame.y)
+        if anchor is not None and anchor.matches(small):
+            odd = None
+            if not settled and frame.t_s - since_s >= SETTLED_S:
+                anchor, settled = _Anchor(small), True
+            yield run, frame
+        elif anchor is not None and odd is None:
+            odd = frame, small
+        else:
+            run += 1
+            since_s, settled = frame.t_s, False
+            if odd is not None:
+                anchor = _Anchor(odd[1])
+                if anchor.matches(small):
+                    yield run, odd[0]
+                    since_s = odd[0].t_s
+                else:
+                    anchor = _Anchor(small)
+            else:
+                anchor = _Anchor(small)
+            odd = None
+            yield run, frame
+
+
+def reduced(luma: Plane) -> Plane:
+    """A quarter of the working luma, cut to whole blocks."""
+    height, width = luma.shape
+    half = cv2.resize(luma, (width // 2, height // 2), interpolation=cv2.INTER_AREA)
+    quarter = cv2.resize(half, (width // 4, height // 4), interpolation=cv2.INTER_AREA)
+    rows, columns = (max(BLOCK, size // BLOCK * BLOCK) for size in quarter.shape)
+    if quarter.shape[0] < rows or quarter.shape[1] < columns:
+        quarter = cv2.resize(half, (columns, rows), interpolation=cv2.INTER_AREA)
+    return np.ascontiguousarray(quarter[:rows, :columns], dtype=np.uint8)
+
+
+def block_mean(values: npt.NDArray[np.generic]) -> Array:
+    """Mean of each block; for uint8 input the means are rounded to whole levels."""
+    rows, columns = values.shape
+    means = cv2.resize(values, (columns // BLOCK, rows // BLOCK), interpolation=cv2.INTER_AREA)  # type: ignore[call-overload]
+    return np.asarray(means, dtype=np.float32)
+
+
+@dataclass
+class _Anchor:
+    """A frame that others are compared with, and what the comparison needs of it."""
+
+    small: Plane
+
+    def __post_init__(self) -> None:
+        luma = self.small.astype(np.float32)
+        # Gradients without their block mean: a change of brightness then cannot look like a displacement.
+        self._gx = cv2.Sobel(luma, cv2.CV_32F, 1, 0, scale=1 / 8)
+        self._gy = cv2.Sobel(luma, cv2.CV_32F, 0, 1, scale=1 / 8)
+        self._luma = luma
+        self._mean = block_mean(luma)
+        self._variance = block_mean(luma * luma) - self._mean**2
+        self._gx_mean, self._gy_mean = block_mean(self._gx), block_mean(self._gy)
+        ridge = 0.2
+        self._xx = block_mean(self._gx**2) - self._gx_mean**2 + ridge
+        self._yy = block_mean(self._gy**2) - self._gy_mean**2 + ridge
+        self._xy = block_mean(self._gx * self._gy) - self._gx_mean * self._gy_mean
+        self._textured = self._variance > FLAT
+        # How often each block changed while the picture as a whole did not: a talking head has no say in the matter.
+        self._restless = np.zeros(self._mean.shape, dtype=np.float32)
+
+    def matches(self, small: Plane) -> bool:
+        """Does ``small`` show the anchor's picture, not moved?"""
+        difference = block_mean(cv2.absdiff(self.small, small))
+        if np.median(difference) <= QUIET and (difference > 6 * QUIET).mean() < 0.25:
+            self._restless += 0.1 * ((difference > 3 * QUIET) - self._restless)
+            return True
+        luma = small.astype(np.float32)
+        mean = block_mean(luma)
+        variance = block_mean(luma * luma) - mean**2
+        voters = (self._textured | (variance > FLAT)) & (self._restless < 0.5)
+        if voters.sum() < 4:
+            return bool(np.median(np.abs((mean - self._mean) - np.median(mean - self._mean))) <= 2)
+        covariance = block_mean(self._luma * luma) - mean * self._mean
+        correlation = covariance / np.sqrt(np.maximum(variance * self._variance, 0) + FLAT)
+        if np.median(correlation[voters]) < SAME:
+            return False
+        moved = self._displacement(luma, mean, voters & self._textured)
+        self._restless += 0.1 * ((correlation < SAME) - self._restless)
+        return moved <= DRIFT
+
+    def _displacement(self, luma: Array, mean: Array, voters: npt.NDArray[np.bool_]) -> float:
+        """Largest displacement (pixels) of a quadrant, by one Lucas-Kanade step in each block."""
+        change = luma - self._luma
+        change_mean = mean - self._mean
+        xd = block_mean(self._gx * change) - self._gx_mean * change_mean
+        yd = block_mean(self._gy * change) - self._gy_mean * change_mean
+        determinant = self._xx * self._yy - self._xy**2
+        dx = (self._xy * yd - self._yy * xd) / determinant
+        dy = (self._xy * xd - self._xx * yd) / determinant
+        rows, columns = voters.shape
+        largest = 0.0
+        for top in (0, rows // 2):
+            for left in (0, columns // 2):
+                part = np.s_[top : top + (rows + 1) // 2, left : left + (columns + 1) // 2]
+                if voters[part].sum() >= max(4, 0.1 * voters.sum()):
+                    shift = np.hypot(np.median(dx[part][voters[part]]), np.median(dy[part][voters[part]]))
+                    largest = max(largest, float(shift))
+        return largest

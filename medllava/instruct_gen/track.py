@@ -1,0 +1,179 @@
+"""From spots to the cursor's path: the likeliest sequence of spots, where "not visible" is always an answer.
+
+A cursor keeps its looks and moves continuously; noise, subtitles and ghosts do one or the other, seldom both. A first
+pass asks only for that. What its moving parts look like then becomes the cursor's own appearance, and a second pass
+asks for likeness with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from medllava.instruct_gen.cursor import Floats, Patch, Spots
+
+MEMORY = 8
+"""Frames over which a path may jump without seeing the cursor."""
+
+RESTART = 4.0
+"""Cost of a path that goes on at an unrelated place."""
+
+
+FINEST = np.array([0.25, 0.4, 6, 6, 3, 3, 3, 3], np.float32)
+"""Smallest spread of looks that is believed."""
+
+SYMMETRIC = 0.8
+"""Likeness of a cursor's shape with itself turned by half, above which it points with its centre."""
+
+FARTHEST = np.array([24, 8, 8, 8, 8, 8, 8, 8], np.float32)
+"""Squared deviation beyond which a look does not count further against a spot."""
+
+LOOKS_OF_NOISE = np.random.default_rng(0).normal(
+    (5.5, 2.0, 150, 0, 128, 0, 140, 0), (1.5, 0.8, 30, 20, 8, 6, 10, 6), (60, 8)
+).astype(np.float32)
+"""Stand-in for other spots in videos that have hardly any."""
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """What the cursor of a video looks like: centre and spread of each of the looks."""
+
+    centre: Floats
+    spread: Floats
+    other_centre: Floats
+    other_spread: Floats
+
+    def score(self, looks: Floats) -> Floats:
+        """Log-likelihood ratio of being the cursor against being any other spot."""
+        z = (looks - self.centre) / self.spread
+        other = (looks - self.other_centre) / self.other_spread
+        ratio = np.minimum(other * other, 12) / 2 - np.minimum(z * z, FARTHEST) / 2 + np.log(self.other_spread / self.spread)
+        return np.asarray(np.clip(1.0 + 0.45 * ratio.sum(1), -6, 5), np.float32)
+
+
+def likeliest(spots: Spots, appearance: Appearance | None) -> npt.NDArray[np.int32]:
+    """Indices of the spots on the likeliest path, at most one a frame."""
+    count = len(spots.frame)
+    if count == 0:
+        return np.zeros(0, np.int32)
+    if appearance is None:
+        gain = 0.3 + 3 * spots.moving
+    else:
+        # Whatever rests earns little: it holds a path that came to rest there, but cannot draw one away.
+        gain = np.minimum(appearance.score(spots.looks) + 3 * spots.moving - 0.8, 0.3 + 4 * spots.moving)
+        # There is one cursor: where one is seen moving, what rests in the same frame is something it left behind.
+        busiest = np.zeros(int(spots.frame[-1]) + 1, np.float32)
+        np.maximum.at(busiest, spots.frame, np.where(spots.moving > 0.5, gain, 0))
+        gain = np.where(spots.moving < 0.3, gain - np.minimum(busiest[spots.frame], 1.0), gain)
+    scale = np.array([0.7, 1.0, 30, 30, 9, 9, 9, 9], np.float32) if appearance is None else 3 * appearance.spread
+    looks = spots.looks / scale
+    best = np.zeros(count, np.float32)
+    back = np.full(count, -1, np.int32)
+    starts = np.searchsorted(spots.frame, np.arange(int(spots.frame[-1]) + 2))
+    # Being visible from the start is no surprise.
+    finished, finished_at = RESTART - 1.0, -1
+    for frame in range(len(starts) - 1):
+        low, high = starts[frame], starts[frame + 1]
+        if low == high:
+            continue
+        here = slice(low, high)
+        first = starts[max(0, frame - MEMORY)]
+        best[here] = finished - RESTART + gain[here]
+        back[here] = finished_at
+        if first < low:
+            before = slice(first, low)
+            dt = spots.t_s[here, None] - spots.t_s[None, before]
+            distance = np.hypot(
+                spots.xy[here, None, 0] - spots.xy[None, before, 0], spots.xy[here, None, 1] - spots.xy[None, before, 1]
+            )
+            unlike = np.minimum(((looks[here, None] - looks[None, before]) ** 2).sum(2), 9.0)
+            skipped = frame - spots.frame[before] - 1
+            cost = 1.3 * np.log1p(distance / (6 + 50 * dt)) + 0.3 * unlike + 0.25 * skipped
+            # What stays where it was and as it was goes on being the cursor, unless it looks like none at all.
+            stays = (distance < 8) & (unlike < 4) & (gain[here, None] > -2.5)
+            via = best[before] - cost + np.where(stays, np.maximum(gain[here, None], 0.2), gain[here, None])
+            choice = via.argmax(1)
+            value = via[np.arange(high - low), choice]
+            better = value > best[here]
+            best[here] = np.where(better, value, best[here])
+            back[here] = np.where(better, first + choice, back[here])
+        top = int(best[here].argmax())
+        if best[low + top] > finished:
+            finished, finished_at = float(best[low + top]), int(low + top)
+    path = []
+    at = finished_at
+    while at >= 0:
+        path.append(at)
+        at = int(back[at])
+    return np.array(path[::-1], np.int32)
+
+
+def learn_appearance(windows: Sequence[Spots]) -> Appearance | None:
+    """Looks of what moves steadily through the video's windows; None if nothing does."""
+    moving, others = [], []
+    for spots in windows:
+        path = likeliest(spots, None)
+        if len(path) < 3:
+            continue
+        xy, t_s = spots.xy[path], spots.t_s[path]
+        # A moving middle of three near neighbours in time: neither a jump nor at rest.
+        before, after = np.diff(xy, axis=0)[:-1], np.diff(xy, axis=0)[1:]
+        step_b, step_a = np.hypot(*before.T), np.hypot(*after.T)
+        near = (t_s[2:] - t_s[:-2]) < 0.5
+        steady = near & (spots.moving[path[1:-1]] > 0.5) & (step_b > 1.5) & (step_a > 1.5) & (step_b < 40) & (step_a < 40)
+        steady &= np.hypot(*(after - before).T) < 1.2 * np.maximum(step_a, step_b)
+        moving.append(spots.looks[path[1:-1][steady]])
+        others.append(np.delete(spots.looks, path, 0))
+    looks = np.concatenate(moving) if moving else np.zeros((0, 8), np.float32)
+    if len(looks) < 8:
+        return None
+    rest = np.concatenate([*others, LOOKS_OF_NOISE])
+    centre, width = _centre_and_spread(looks)
+    other_centre, other_width = _centre_and_spread(rest)
+    return Appearance(centre, np.maximum(width, FINEST), other_centre, np.maximum(other_width, 1.5 * FINEST))
+
+
+def _centre_and_spread(looks: Floats) -> tuple[Floats, Floats]:
+    centre = np.median(looks, 0)
+    return centre.astype(np.float32), (1.48 * np.median(np.abs(looks - centre), 0)).astype(np.float32)
+
+
+def hot_spot(patches: Sequence[Patch], appearance: Appearance) -> Floats:
+    """Offset (x, y in pixels of the working luma) from a spot's place to the point that the cursor points with.
+
+    Dots, crosshairs and rings point with their centre; an arrow points with its upper left corner.
+    """
+    shapes, centres = [], []
+    for patch in patches:
+        if appearance.score(patch.looks[None])[0] > 1.5:
+            shapes.append(patch.shape.astype(np.float32) / max(1, int(patch.shape.max())))
+            centres.append(patch.centre)
+    if len(shapes) < 5:
+        return np.zeros(2, np.float32)
+    centre = np.mean(centres, 0)
+    shape = np.median(shapes, 0)
+    shape = np.maximum(shape - 0.15 * shape.max(), 0)
+    steps = np.arange(len(shape))
+    total = shape.sum() + 1e-6
+    x, y = shape.sum(0) @ steps / total, shape.sum(1) @ steps / total
+    turned = shape[::-1, ::-1]
+    # Turned by half about its own centre of mass, to the nearest pixel.
+    shift = round(2 * y) - len(shape) + 1, round(2 * x) - len(shape) + 1
+    turned = np.roll(turned, shift, (0, 1))
+    likeness = float((shape * turned).sum() / ((shape**2).sum() + 1e-6))
+    if likeness > SYMMETRIC:
+        return np.zeros(2, np.float32)
+    corner = np.array([_beginning(shape.max(0)), _beginning(shape.max(1))])
+    return np.asarray(2 * (corner - centre), np.float32)
+
+
+def _beginning(profile: Floats) -> float:
+    """Where a profile first rises above a quarter of its height, between pixels."""
+    level = 0.25 * float(profile.max())
+    first = int(np.argmax(profile >= level))
+    if first == 0:
+        return 0.0
+    return first - (float(profile[first]) - level) / (float(profile[first] - profile[first - 1]) + 1e-6)

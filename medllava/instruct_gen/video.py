@@ -1,0 +1,198 @@
+"""Reading a video once, at low cost: frames in YUV, about eight a second, with their own presentation times.
+
+Detection never needs RGB, full resolution or every frame. Frames that no other frame depends on are not even decoded
+where enough others remain, which more than halves the work on ordinary H.264.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from medllava.errors import DataError
+from medllava.instruct_gen.records import Video
+
+Plane = npt.NDArray[np.uint8]
+
+LINES = 360
+"""Luma is worked on at about this many lines (a whole-number reduction of the frame)."""
+
+STEP_S = 0.1
+"""Frames closer together than this are not looked at."""
+
+LARGEST_GAP_S = 0.17
+"""Undecoded frames may leave gaps of at most this: a cursor is lost in longer ones."""
+
+LOOK_AHEAD = 40
+"""Frames decoded before the choice of what to leave undecoded is confirmed."""
+
+CUT_SHORT_S = 1.5
+"""A stream that ends this much before its header says is damaged."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One sampled frame. ``y`` is luma reduced to about 360 lines, ``u`` and ``v`` half as large; all are upright.
+
+    ``source`` is the decoded frame, full size, not yet rotated.
+    """
+
+    t_s: float
+    y: Plane
+    u: Plane
+    v: Plane
+    source: av.VideoFrame
+
+
+class VideoReader:
+    """``path`` opened for reading. Raises DataError in one line where it is not a video that can be decoded.
+
+    Attributes: ``video`` (as probed), ``reduction`` (frame pixels per pixel of ``Frame.y``).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty (0 bytes); expected a video")
+        with self._open() as container:
+            stream = self._stream(container)
+            first = self._first_frame(container)
+            self._turns = round(first.rotation / 90) % 4
+            width, height = (first.height, first.width) if self._turns % 2 else (first.width, first.height)
+            rate = float(stream.average_rate or stream.guessed_rate or 0)
+            self.duration_s = _duration_s(container, stream)
+            self.video = Video(
+                name=path.name,
+                width=width,
+                height=height,
+                fps=round(rate, 3) or 1.0,
+                duration_s=round(self.duration_s or 1e-3, 3),
+            )
+        self.reduction = max(1, round(height / LINES))
+
+    def frames(self) -> Iterator[Frame]:
+        """Every frame that is worth a look, in order of time. Raises DataError where decoding stops before the end."""
+        last_s = -1.0
+        for source, t_s in self._decoded():
+            if t_s - last_s >= STEP_S - 1e-4:
+                last_s = t_s
+                yield self._reduced(source, t_s)
+
+    def upright(self, picture: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``picture`` (rows first) turned as the file's display matrix asks."""
+        return np.ascontiguousarray(np.rot90(picture, self._turns)) if self._turns else picture
+
+    # -- decoding ------------------------------------------------------------------------------------------------
+
+    def _open(self) -> Any:
+        try:
+            return av.open(str(self.path), metadata_errors="ignore")
+        except (av.error.FFmpegError, ValueError) as error:
+            raise DataError(f"{self.path}: not a video that can be read ({_reason(error)})") from error
+
+    def _stream(self, container: Any) -> Any:
+        if not container.streams.video:
+            raise DataError(f"{self.path}: holds no video stream")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise DataError(f"{self.path}: no decoder for this video's codec; convert it to H.264 first")
+        # Videos are shared out over processes; threads inside one of them would only add overhead.
+        stream.thread_type = "NONE"
+        return stream
+
+    def _first_frame(self, container: Any) -> av.VideoFrame:
+        try:
+            for frame in container.decode(video=0):
+                return frame
+        except av.error.FFmpegError as error:
+            raise DataError(f"{self.path}: the video cannot be decoded ({_reason(error)})") from error
+        raise DataError(f"{self.path}: holds no video frame")
+
+    def _decoded(self) -> Iterator[tuple[av.VideoFrame, float]]:
+        """(frame, seconds) decoded with the coarsest skipping that leaves no gap above LARGEST_GAP_S."""
+        for skip in ("BIDIR", "NONREF"):
+            frames = self._decode(skip)
+            head = list(islice(frames, LOOK_AHEAD))
+            gaps = np.diff([t_s for _, t_s in head])
+            if len(head) == LOOK_AHEAD and np.quantile(gaps, 0.95) <= LARGEST_GAP_S:
+                yield from head
+                yield from frames
+                return
+            frames.close()
+        yield from self._decode("DEFAULT")
+
+    def _decode(self, skip: str) -> Any:
+        with self._open() as container:
+            stream = self._stream(container)
+            stream.codec_context.skip_frame = skip
+            start_s = (container.start_time or 0) / av.time_base
+            last_s = newest_s = 0.0
+            try:
+                for packet in container.demux(stream):
+                    if packet.is_corrupt:
+                        raise DataError(f"{self.path}: the file is damaged after {newest_s:.1f} s")
+                    if packet.pts is not None:
+                        newest_s = max(newest_s, float(packet.pts * packet.time_base) - start_s)
+                    for frame in packet.decode():
+                        # Without time stamps (raw streams) count at the nominal rate.
+                        time_s = frame.time - start_s if frame.time is not None else last_s + 1 / self.video.fps
+                        last_s = max(time_s, last_s)
+                        yield frame, last_s
+            except av.error.FFmpegError as error:
+                raise DataError(
+                    f"{self.path}: the file is damaged: cannot be decoded after {last_s:.1f} s ({_reason(error)})"
+                ) from error
+            ends_s = max(self.duration_s, newest_s)
+            if last_s < ends_s - CUT_SHORT_S - 1 / self.video.fps:
+                raise DataError(f"{self.path}: the file is damaged: decoding ends at {last_s:.1f} s of {ends_s:.1f} s")
+
+    # -- planes --------------------------------------------------------------------------------------------------
+
+    def _reduced(self, source: av.VideoFrame, t_s: float) -> Frame:
+        y, u, v = (self.upright(plane) for plane in planes(source))
+        height, width = (max(4, size // (2 * self.reduction) * 2) for size in y.shape)
+        return Frame(
+            t_s,
+            _shrunk(y, width, height, self.reduction),
+            _shrunk(u, width // 2, height // 2, self.reduction),
+            _shrunk(v, width // 2, height // 2, self.reduction),
+            source,
+        )
+
+
+def planes(source: av.VideoFrame) -> tuple[Plane, Plane, Plane]:
+    """Y, U, V of a frame as arrays (4:2:0), without a copy where the frame already is 8 bit 4:2:0."""
+    if source.format.name not in {"yuv420p", "yuvj420p"}:
+        source = source.reformat(format="yuv420p")
+    found = []
+    for plane in source.planes:
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+        found.append(rows[: plane.height, : plane.width])
+    return found[0], found[1], found[2]
+
+
+def _shrunk(plane: Plane, width: int, height: int, reduction: int) -> Plane:
+    if plane.shape == (height, width):
+        return plane
+    if reduction == 1:
+        return np.ascontiguousarray(plane[:height, :width])
+    return np.asarray(cv2.resize(plane, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
+def _duration_s(container: Any, stream: Any) -> float:
+    """Length as the file's header gives it; 0 if it gives none."""
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    return float(container.duration or 0) / av.time_base
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).strip()

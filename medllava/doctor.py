@@ -68,7 +68,7 @@ def _section(title: str, findings: list[Finding]) -> None:
 
 
 def read_requirements() -> dict[str, list[str]]:
-    """Extra (``""`` for none) -> requirement lines such as ``torch>=2.11``, from a checkout or the installed package."""
+    """Extra (``""``: none) -> requirement lines such as ``torch>=2.11``, of the checkout or the installed package."""
     found: dict[str, list[str]] = {}
     project = Path(medllava.__file__).parents[1] / "pyproject.toml"
     if project.is_file():

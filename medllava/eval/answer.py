@@ -31,6 +31,9 @@ HELP = "ask a model (a folder or a server) every question, with and without the 
 
 log = logging.getLogger(__name__)
 
+MOST_TOLD = 5
+"""Failures told one by one; all of them are in failed.jsonl."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -120,7 +123,7 @@ def answer_all(
     """Ask what ``out/answers.jsonl`` does not have yet and append it; returns how many could not be asked.
 
     Batches hold questions of one condition and of similar length, and are the same in every run, so that a resumed
-    run computes what an uninterrupted one does. Raises DataError if nothing at all could be asked.
+    run computes what an uninterrupted one does. Raises DataError if no question could be asked on its own picture.
     """
     from tqdm import tqdm
 
@@ -131,7 +134,7 @@ def answer_all(
     batches = _batches(questions, benchmark, batch)
     pending = [jobs for jobs in batches if any((question.id, condition) not in done for question, condition in jobs)]
     (out / "failed.jsonl").unlink(missing_ok=True)
-    failed, last = 0, ""
+    lost: list[Failure] = []
 
     with (
         Appender(path) as answers,
@@ -142,17 +145,18 @@ def answer_all(
         for jobs in pending:
             for result in _answer(jobs, benchmark, pictures, ask, model):
                 if isinstance(result, Failure):
-                    log.warning("question %s (%s): %s", result.question_id, result.condition, result.reason)
+                    if len(lost) < MOST_TOLD:
+                        log.warning("question %s (%s): %s", result.question_id, result.condition, result.reason)
                     failures.write(result)
-                    failed, last = failed + 1, result.reason
+                    lost.append(result)
                 elif (result.question_id, result.condition) not in done:
                     answers.write(result)
             progress.update(len(jobs))
-    if not failed:
+    if not lost:
         (out / "failed.jsonl").unlink()
-    if failed == sum(map(len, batches)):
-        raise DataError(f"none of the {failed} questions could be asked; the last one: {last}")
-    return failed
+    elif sum(failure.condition == "real" for failure in lost) == len(questions):
+        raise DataError(f"none of the {len(questions)} questions could be asked; the first one: {lost[0].reason}")
+    return len(lost)
 
 
 def _batches(questions: Sequence[Question], benchmark: Benchmark, size: int) -> list[list[Job]]:

@@ -171,8 +171,9 @@ def read_options(text: str, options: Sequence[str]) -> list[str]:
             letters[match.group(1)] = option
             by_text.setdefault(_plain(match.group(2)), []).append(option)
     rest = text
-    for name in sorted(by_text, key=len, reverse=True):
-        rest = re.sub(r"[^0-9a-z]+".join(map(re.escape, name.split())), "", rest, flags=re.IGNORECASE) if name else rest
+    for name in sorted(filter(None, by_text), key=len, reverse=True):
+        # A word stays in its place, so that the A of "A gland" is still an article.
+        rest = re.sub(r"[^0-9a-z]+".join(map(re.escape, name.split())), "something", rest, flags=re.IGNORECASE)
     named = {a or b for a, b in _LETTER.findall(rest)} | {letter.upper() for letter in _ANNOUNCED.findall(rest)}
     named.add(text.strip(" ().:'*\"").upper())
     found = {letters[letter] for letter in named if letter in letters}

@@ -76,12 +76,13 @@ def _look(image: Image.Image | None, prompt: str) -> str:
     if image is None:
         return _guess(prompt)
     pixels = np.asarray(image).astype(int)
-    for name, colour in COLOURS.items():
-        rows, columns = np.nonzero(np.abs(pixels - colour).sum(axis=2) < 30)
-        if len(rows) > 50:
-            break
-    else:
+    name, mask = max(
+        ((name, np.abs(pixels - colour).sum(axis=2) < 30) for name, colour in COLOURS.items()),
+        key=lambda pair: int(pair[1].sum()),
+    )
+    if mask.sum() <= 50:
         return _guess(prompt)
+    rows, columns = np.nonzero(mask)
     height, width = pixels.shape[:2]
     box = Box(x1=columns.min() / width, y1=rows.min() / height, x2=(columns.max() + 1) / width,
               y2=(rows.max() + 1) / height)
@@ -102,3 +103,15 @@ def _guess(prompt: str) -> str:
     if prompt.startswith("What"):
         return "A red disc."
     return "2" if prompt.startswith("How many") else "I cannot tell."
+
+
+@pytest.fixture(name="looks")
+def looks_fixture() -> object:
+    """The stand-in that looks at the picture."""
+    return looks
+
+
+@pytest.fixture(name="guesses")
+def guesses_fixture() -> object:
+    """The stand-in that only reads the question."""
+    return guesses

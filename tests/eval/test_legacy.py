@@ -1,0 +1,134 @@
+"""The originals' numbers. Tables made by running the original scripts are compared with where they are at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medllava.errors import ConfigError, DataError
+from medllava.eval import __main__ as commands
+from medllava.eval.legacy import normalise, pmc_eval, quilt_eval, quilt_gpt_summarize, read_letter, word_scores
+
+TABLES = Path(os.environ.get("MEDLLAVA_PARITY", Path(__file__).parents[3] / "shared" / "parity")) / "metrics"
+SETS = sorted(path.name.removesuffix(".expected.json") for path in TABLES.glob("*[0-9].expected.json"))
+needs_tables = pytest.mark.skipif(not SETS, reason="no tables of the original scripts here (MEDLLAVA_PARITY)")
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def legacy(*arguments: str, out: Path) -> dict[str, Any]:
+    assert commands.main(["score", *arguments, "--out", str(out)]) == 0
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+@needs_tables
+@pytest.mark.parametrize("name", SETS or ["none"])
+def test_the_originals_tables(name: str, tmp_path: Path) -> None:
+    expected = json.loads((TABLES / f"{name}.expected.json").read_text())
+    line = ["--gt", str(TABLES / f"{name}.gt.json"), "--answers", str(TABLES / f"{name}.pred.jsonl")]
+    if expected["anchor_used"]:
+        line += ["--anchor", str(TABLES / f"{name}.anchor.jsonl")]
+    if name.startswith("pmc"):
+        found = legacy("--legacy", "pmc_eval", *line, out=tmp_path / "o.json")
+        assert (found["accuracy"], found["failed"]) == (expected["acc"], expected["n_failed"])
+        for row in expected["rows"]:
+            assert read_letter(row["pred_text_used"]) == row["parsed"]
+        return
+    line += ["--quilt"] if expected["quilt_flag"] else []
+    found = legacy("--legacy", "quilt_eval", *line, out=tmp_path / "o.json")
+    for key in ("exact_match", "f1", "precision", "recall", "yes_no_accuracy", "n_open", "n_closed"):
+        assert found[key] == pytest.approx(expected["aggregate"][key], abs=1e-9)
+    for row in expected["rows"]:
+        if row["kind"] == "open":
+            scores = word_scores(row["norm_pred"], row["norm_gt"])
+            wanted = (row["exact"], row["f1"], row["precision"], row["recall"])
+            assert scores == pytest.approx(wanted, abs=1e-9)
+
+
+@needs_tables
+@pytest.mark.parametrize("name", ["Qreview-gpt4", "Qreview-gpt4-liuhaotian"])
+def test_the_originals_judge_summary(name: str, tmp_path: Path) -> None:
+    folder = TABLES / "gpt_summary"
+    found = legacy(
+        "--legacy", "quilt_gpt_summarize", "--answers", str(folder / f"{name}.min.jsonl"), "--context",
+        str(folder / "captions.min.jsonl"), out=tmp_path / "o.json",
+    )
+    printed = (folder / f"{name}.expected.txt").read_text().splitlines()[1:-1]
+    assert found == {line.rsplit(" ", 3)[0]: float(line.rsplit(" ", 3)[1]) for line in printed}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The gland, an area; a cell.", "gland area cell"), ("two/three", "2 3"), ("a - b", "b"), ("3.5 mm.", "3.5 mm"),
+        ("1,000 (x)", "1000 x"), ("dont", "don't"), ("couldn'tve", "couldn't've"), ("somebody'd", "somebodyd"),
+        ("none", "0"), ("", ""),
+    ],
+)
+def test_normalisation(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+
+
+def closed(truth: str) -> dict[str, Any]:
+    return {"id": 0, "answer_type": "CLOSED", "answer": truth}
+
+
+@pytest.mark.parametrize(
+    ("text", "taken_for"),
+    [("", "yes"), ("I am unable to tell", "yes"), ("Yes, there is no doubt", "no"), ("not uncommon", "no"),
+     ("none", "yes"), ("isn't", "yes"), ("No.", "no")],
+)
+def test_the_originals_yes_no_faults_are_kept(text: str, taken_for: str) -> None:
+    found = quilt_eval([closed(taken_for)], [{"text": text}])
+    assert found["yes_no_accuracy"] == 100
+    assert found["exact_match"] is None
+
+
+def test_open_scores_by_hand() -> None:
+    truth = [{"id": 0, "answer_type": "OPEN", "answer": "gland"}]
+    found = quilt_eval(truth, [{"text": "gland gland vessel"}])
+    assert found["exact_match"] == pytest.approx(100 / 3)
+    assert found["precision"] == pytest.approx(200 / 3)
+    assert found["recall"] == 100
+    assert found["yes_no_accuracy"] is None
+    assert quilt_eval(truth, [{"text": "gland gland vessel"}], [{"text": "x----"}])["f1"] == 0
+
+
+def test_letters_by_hand() -> None:
+    texts = ("B", "B: x", "The answer is B", "it is not D. it is B.", "e", "A or B.")
+    assert [read_letter(text) for text in texts] == ["B", "B", "T", "B", "FAILED", "FAILED"]
+    truth = [{"conversations": [{}, {"value": "B"}]}]
+    assert pmc_eval(truth, [{"text": "B"}])["accuracy"] == 100
+    assert pmc_eval([], [])["accuracy"] is None
+
+
+def test_summary_by_hand_averages_failures_in() -> None:
+    captions = [{"question_id": 0, "type": "Bone"}, {"question_id": 1, "type": "Renal"}]
+    reviews = [
+        {"question_id": 0, "category": "conv", "tuple": [8, 6]},
+        {"question_id": 1, "category": "conv", "tuple": [-1, -1]},
+    ]
+    assert quilt_gpt_summarize(reviews, captions) == {"Bone": 75.0, "Renal": 100.0, "all": 71.4, "conv": 71.4}
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    gt, answers = tmp_path / "gt.json", tmp_path / "a.jsonl"
+    gt.write_text(json.dumps([closed("yes")]))
+    answers.write_text('{"question_id": 1, "text": "yes"}\n')
+    line = ["score", "--answers", str(answers)]
+    with pytest.raises(DataError, match="differ at row 0"):
+        commands.main([*line, "--legacy", "quilt_eval", "--gt", str(gt)])
+    with pytest.raises(ConfigError, match="--gt"):
+        commands.main([*line, "--legacy", "pmc_eval"])
+    with pytest.raises(ConfigError, match="--context"):
+        commands.main([*line, "--legacy", "quilt_gpt_summarize"])
+    answers.write_text('{"question_id": 0, "text": "yes"}\n')
+    with pytest.raises(DataError, match="yes_no_answer"):
+        commands.main([*line, "--legacy", "quilt_eval", "--gt", str(gt), "--quilt"])

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from medllava.eval import __main__ as commands
+from medllava.eval.answer import Reply, answer_all
+from medllava.eval.benchmarks import Benchmark, read_questions
+from medllava.eval.pictures import Pictures
+from medllava.jsonl import write_json, write_records
+
+Ask = Callable[[Sequence[tuple[Image.Image | None, str]]], list[Reply]]
+
+
+@pytest.fixture
+def report(discs: Path, looks: Ask, guesses: Ask, tmp_path: Path) -> Path:
+    """A report on answers of which half look at the picture."""
+    questions = read_questions(discs / "questions.jsonl")
+
+    def half(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply]:
+        pairs = zip(looks(batch), guesses(batch), strict=True)
+        return [pair[number % 2] for number, pair in enumerate(pairs)]
+
+    answer_all(questions, Benchmark(name="discs"), Pictures(discs, questions), half, "stub <b>", tmp_path)
+    write_records(tmp_path / "questions.jsonl", questions)
+    judged = {"metrics": {"judge": {"value": 0.4, "low": 0.3, "high": 0.5, "n": 9, "unscored": 0}}}
+    write_json(tmp_path / "judge.json", judged)
+    out = tmp_path / "report"
+    line = ["report", "--answers", str(tmp_path / "answers.jsonl"), "--images", str(discs), "--out", str(out)]
+    assert commands.main([*line, "--judged", str(tmp_path / "judge.json"), "--title", "Discs & co"]) == 0
+    return out
+
+
+def test_the_page_stands_alone(report: Path) -> None:
+    page = (report / "report.html").read_text()
+    assert not re.search(r"""(?:src|href)=["'](?!data:)""", page)
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "url(" not in page and "@import" not in page
+    assert "Discs &amp; co" in page
+    assert "stub &lt;b&gt;" in page
+    assert page.count("data:image/jpeg;base64,") == 16
+    assert "card right" in page and "card wrong" in page
+    assert "#1a9850" in page and "#e6194b" in page
+
+
+def test_report_holds_the_keys_others_read(report: Path) -> None:
+    written = json.loads((report / "report.json").read_text())
+    assert {"where", "yes_no", "what", "count", "box_iou", "judge"} <= set(written["metrics"])
+    assert set(written["ablations"]) == {"no_image", "blank", "noise", "mismatched"}
+    assert {"model", "questions_sha256", "answers_sha256", "versions", "command", "date"} <= set(written["provenance"])
+
+
+def test_markdown_and_chart(report: Path) -> None:
+    text = (report / "report.md").read_text()
+    assert "| where |" in text and "visual gain" in text and "chart.svg" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| ")}
+    assert len(widths) == 2
+    chart = ElementTree.fromstring((report / "chart.svg").read_text())
+    assert chart.tag.endswith("svg")
+    assert any("mismatch" in (node.text or "") or "another picture" in (node.text or "") for node in chart.iter())
+
+
+def test_pictures_that_are_gone_leave_the_words(discs: Path, report: Path, tmp_path: Path) -> None:
+    line = ["report", "--answers", str(tmp_path / "answers.jsonl"), "--images", str(tmp_path / "gone"), "--out"]
+    assert commands.main([*line, str(tmp_path / "second")]) == 0
+    page = (tmp_path / "second" / "report.html").read_text()
+    assert "data:image" not in page and "Where is the" in page

@@ -88,8 +88,9 @@ def build_tokenizer(texts: Iterable[str], sizes: TokenizerSizes) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Often enough that the coordinates are merged before any pair of letters.
-    coordinates = [", ".join(_COORDINATES)] * 20_000 if sizes.coordinate_tokens else []
+    texts = list(texts)
+    # Often enough that the coordinates are merged before the vocabulary is full of words.
+    coordinates = [", ".join(_COORDINATES)] * max(500, len(texts) // 2) if sizes.coordinate_tokens else []
     bpe.train_from_iterator([*texts, *coordinates], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS, extra_special_tokens={"image_token": IMAGE},

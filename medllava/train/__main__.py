@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
     parser.add_argument("--plan", action="store_true", help="say what trains, tokens, steps and memory, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("medllava").setLevel(logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -255,12 +256,13 @@ def _turn(role: Any, text: str) -> Turn:
 
 def _request(recipe: GenerateRecipe, messages: tuple[dict[str, Any], ...], form: type[_Form]) -> Request:
     return Request(
-        model=recipe.model, messages=messages, schema=_SCHEMAS.setdefault(form, form.model_json_schema()),
-        schema_name=form.__name__, sampling=recipe.sampling,
+        model=recipe.model, messages=messages, schema=_schema(form), schema_name=form.__name__, sampling=recipe.sampling
     )
 
 
-_SCHEMAS: dict[type[_Form], dict[str, Any]] = {}
+@cache
+def _schema(form: type[_Form]) -> dict[str, Any]:
+    return form.model_json_schema()
 
 
 def _read(reply: Reply, form: type[Form]) -> Form:

@@ -28,7 +28,8 @@ _THUMBNAIL = 480
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--answers", type=Path, required=True, help="answers.jsonl")
+    parser.add_argument("--answers", type=Path, help="answers.jsonl (default: the one in --out)")
+    parser.add_argument("--benchmark", help="definition that names the question file and its pictures")
     parser.add_argument("--questions", "--gt", dest="questions", type=Path, help="default: questions.jsonl beside it")
     parser.add_argument("--images", type=Path, help="folder of the pictures (default: the one they were asked with)")
     parser.add_argument("--judged", type=Path, help="judge.json of the judge step, to be shown as one more metric")
@@ -39,21 +40,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from medllava.eval.benchmarks import load_benchmark
     from medllava.eval.metrics import verdicts
     from medllava.eval.provenance import read_run
     from medllava.eval.score import as_text, read_answers, score_files
     from medllava.jsonl import read_json, write_json, write_records
 
-    report, rows = score_files(arguments.answers, arguments.questions, seed=arguments.seed)
+    answers = arguments.answers or arguments.out / "answers.jsonl"
+    made = read_run(answers)
+    questions, images = arguments.questions, arguments.images
+    if arguments.benchmark:
+        benchmark = load_benchmark(arguments.benchmark)
+        questions, images = questions or benchmark.questions, images or benchmark.images
+    report, rows = score_files(answers, questions, seed=arguments.seed)
     if arguments.judged:
         judged = Report.model_validate(read_json(arguments.judged)).metrics
         report = report.model_copy(update={"metrics": {**report.metrics, **judged}})
     texts = {
-        answer.question_id: answer.text for answer in read_answers(arguments.answers) if answer.condition == "real"
+        answer.question_id: answer.text for answer in read_answers(answers) if answer.condition == "real"
     }
-    images = arguments.images or Path(read_run(arguments.answers).get("images", arguments.answers.parent))
-    title = arguments.title or f"Evaluation: {report.provenance.get('benchmark', {}).get('name', 'answers')}"
-    write_report(arguments.out, report, rows, texts, images, title=title, gallery=arguments.gallery)
+    title = arguments.title or f"Evaluation: {made.get('benchmark', {}).get('name', 'answers')}"
+    write_report(
+        arguments.out, report, rows, texts, images or Path(made.get("images", answers.parent)), title=title,
+        gallery=arguments.gallery,
+    )
     write_records(arguments.out / "verdicts.jsonl", verdicts(rows))
     write_json(arguments.out / "report.json", report.model_dump(mode="json"))
     print(as_text(report))

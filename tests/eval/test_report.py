@@ -71,3 +71,11 @@ def test_pictures_that_are_gone_leave_the_words(discs: Path, report: Path, tmp_p
     assert commands.main([*line, str(tmp_path / "second")]) == 0
     page = (tmp_path / "second" / "report.html").read_text()
     assert "data:image" not in page and "Where is the" in page
+
+
+def test_report_beside_the_answers(discs: Path, report: Path, tmp_path: Path) -> None:
+    line = ["report", "--benchmark", "phantom", "--images", str(discs), "--out", str(tmp_path)]
+    assert commands.main(line) == 0
+    first, second = (json.loads((folder / "report.json").read_text()) for folder in (report, tmp_path))
+    assert first["metrics"].pop("judge")
+    assert first["metrics"] == second["metrics"]

@@ -31,7 +31,7 @@ WIDEST = 0.3
 CELL = 4
 """Side, in pixels of the working luma, of the cells in which spots are found."""
 
-REACH = 8
+REACH = 12
 """Half side, in pixels of the chroma planes, of the patch that describes a spot."""
 
 MOST_PATCHES = 600
@@ -108,8 +108,8 @@ def _noise(stack: Sequence[Plane], floor: float) -> Plane:
 
 @dataclass(frozen=True)
 class Patch:
-    """What a moving spot's surroundings look like: ``looks`` of the spot, ``shape`` its difference (chroma pixels,
-    2 REACH + 1 square) and ``centre`` (x, y) of the spot within ``shape``."""
+    """A moving spot up close: its ``looks``, ``shape`` (difference to the background, pixels of the working luma, a
+    square of 4 REACH + 1) and ``centre`` (x, y) of the spot within ``shape``."""
 
     looks: Floats
     shape: Plane
@@ -141,7 +141,7 @@ class SpotFinder:
         index, kind = place[:, 0].astype(np.int32), place[:, 1].astype(np.int32)
         t_s = np.array([frames[i].t_s for i in index], np.float32)
         xy, looks, moving = _describe(frames, background, (still, fresh), index, kind, place[:, 2:])
-        self._keep_patches(np.maximum(still, fresh), index, xy, looks, moving)
+        self._keep_patches(frames, background, Spots(index, t_s, xy, looks, moving))
         return Spots(index, t_s, xy, looks, moving)
 
     def outside_zone(self, spots: Spots) -> Spots:
@@ -152,16 +152,17 @@ class SpotFinder:
         cell = (spots.xy / CELL).astype(int).clip(0, (zone.shape[1] - 1, zone.shape[0] - 1))
         return spots.only(zone[cell[:, 1], cell[:, 0]] == 0)
 
-    def _keep_patches(
-        self, maps: Plane, index: npt.NDArray[np.int32], xy: Floats, looks: Floats, moving: Floats
-    ) -> None:
-        height, width = maps.shape[1:]
-        for row in np.flatnonzero(moving > 0.7)[::3]:
-            x, y = (xy[row] - 0.5) / 2
-            left, top = round(float(x)) - REACH, round(float(y)) - REACH
-            if left >= 0 and top >= 0 and left + 2 * REACH < width and top + 2 * REACH < height:
-                shape = maps[index[row], top : top + 2 * REACH + 1, left : left + 2 * REACH + 1].copy()
-                self.patches.add(Patch(looks[row], shape, np.array([x - left, y - top], np.float32)))
+    def _keep_patches(self, frames: Sequence[Frame], background: Background, spots: Spots) -> None:
+        height, width = background.y.shape
+        side = 4 * REACH + 1
+        for row in np.flatnonzero(spots.moving > 0.7)[::3]:
+            x, y = spots.xy[row]
+            left, top = round(float(x)) - 2 * REACH, round(float(y)) - 2 * REACH
+            if left >= 0 and top >= 0 and left + side <= width and top + side <= height:
+                place = np.s_[top : top + side, left : left + side]
+                shape = cv2.absdiff(frames[spots.frame[row]].y[place], background.y[place])
+                shape = np.asarray(cv2.subtract(shape, background.noise_y[place]), np.uint8)
+                self.patches.add(Patch(spots.looks[row], shape, np.array([x - left, y - top], np.float32)))
 
     def zone(self) -> Plane | None:
         """255 in cells that change in most spans of the video (talking head, clock, subtitles); None if unknown yet."""

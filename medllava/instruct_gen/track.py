@@ -25,8 +25,8 @@ RESTART = 4.0
 FINEST = np.array([0.25, 0.4, 6, 6, 3, 3, 3, 3], np.float32)
 """Smallest spread of looks that is believed."""
 
-SYMMETRIC = 0.8
-"""Likeness of a cursor's shape with itself turned by half, above which it points with its centre."""
+LEFT = 0.35
+"""A cursor whose top lies left of this share of its width is an arrow and points with its upper left corner."""
 
 FARTHEST = np.array([24, 8, 8, 8, 8, 8, 8, 8], np.float32)
 """Squared deviation beyond which a look does not count further against a spot."""
@@ -153,27 +153,14 @@ def hot_spot(patches: Sequence[Patch], appearance: Appearance) -> Floats:
             centres.append(patch.centre)
     if len(shapes) < 5:
         return np.zeros(2, np.float32)
-    centre = np.mean(centres, 0)
-    shape = np.median(shapes, 0)
-    shape = np.maximum(shape - 0.15 * shape.max(), 0)
-    steps = np.arange(len(shape))
-    total = shape.sum() + 1e-6
-    x, y = shape.sum(0) @ steps / total, shape.sum(1) @ steps / total
-    turned = shape[::-1, ::-1]
-    # Turned by half about its own centre of mass, to the nearest pixel.
-    shift = round(2 * y) - len(shape) + 1, round(2 * x) - len(shape) + 1
-    turned = np.roll(turned, shift, (0, 1))
-    likeness = float((shape * turned).sum() / ((shape**2).sum() + 1e-6))
-    if likeness > SYMMETRIC:
+    shape = np.mean(shapes, 0)
+    shape = np.maximum(shape - 0.3 * shape.max(), 0)
+    rows, columns = np.flatnonzero(shape.any(1)), np.flatnonzero(shape.any(0))
+    body = shape[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    top = body[: max(1, len(body) // 5)].sum(0)
+    middle = float(top @ (np.arange(len(top)) + 0.5)) / (float(top.sum()) * len(top))
+    if middle > LEFT:
         return np.zeros(2, np.float32)
-    corner = np.array([_beginning(shape.max(0)), _beginning(shape.max(1))])
-    return np.asarray(2 * (corner - centre), np.float32)
+    corner = np.array([columns[0], rows[0]], np.float32)
+    return np.asarray(corner - np.mean(centres, 0), np.float32)
 
-
-def _beginning(profile: Floats) -> float:
-    """Where a profile first rises above a quarter of its height, between pixels."""
-    level = 0.25 * float(profile.max())
-    first = int(np.argmax(profile >= level))
-    if first == 0:
-        return 0.0
-    return first - (float(profile[first]) - level) / (float(profile[first] - profile[first - 1]) + 1e-6)

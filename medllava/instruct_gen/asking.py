@@ -28,8 +28,8 @@ from medllava.llm.cache import ReplyCache
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MOST_UNANSWERED = 8
-"""So many calls in a row without an answer end the run: the endpoint is down."""
+MOST_FAILURES = 8
+"""So many calls in a row without an answer, or refusals before the first reply, end the run: nothing will succeed."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Trouble:
 
     failures: dict[str, str] = field(default_factory=dict)
     stopped: str | None = None
+    replies: int = 0
     unanswered_in_a_row: int = 0
 
     def why_absent(self, id: str) -> str:
@@ -150,17 +151,20 @@ async def _drive(id: str, steps: DraftSteps | FactsSteps, model: TextModel, trou
         request = next(steps)
         while True:
             reply = await model.ask(request)
+            trouble.replies += 1
             trouble.unanswered_in_a_row = 0
             request = steps.send(reply)
     except (StopIteration, UnusableReplyError):
         return  # What the replies are worth is decided when the files are written.
     except RefusedError as error:
         trouble.failures[id] = f"refused: {error}"
+        if not trouble.replies and len(trouble.failures) >= MOST_FAILURES:
+            raise ServiceError(f"{error}; gave up because the first {MOST_FAILURES} requests were refused") from error
     except UnansweredError as error:
         trouble.failures[id] = f"no reply: {error}"
         trouble.unanswered_in_a_row += 1
-        if trouble.unanswered_in_a_row >= MOST_UNANSWERED:
+        if trouble.unanswered_in_a_row >= MOST_FAILURES:
             raise ServiceError(
-                f"{error}; gave up after {MOST_UNANSWERED} calls in a row without an answer."
+                f"{error}; gave up after {MOST_FAILURES} calls in a row without an answer."
                 " Run the same command again to go on"
             ) from error

@@ -96,9 +96,11 @@ async def _ask(plan: Plan, cache: ReplyCache, base_url: str, api_key: str, max_u
     model: TextModel = endpoint
     if max_usd is not None and price is not None:
         model = BudgetedModel(endpoint, price, max_usd, price.usd(cache.prompt_tokens, cache.completion_tokens))
+    cached = CachedModel(model, cache)
     try:
-        return await ask_all(plan, CachedModel(model, cache), cache)
+        return await ask_all(plan, cached, cache)
     finally:
+        await cached.drain()
         await endpoint.close()
 
 

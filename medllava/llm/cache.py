@@ -106,6 +106,10 @@ class CachedModel:
             task.add_done_callback(lambda _: self._pending.pop(key, None))
         return await asyncio.shield(self._pending[key])
 
+    async def drain(self) -> None:
+        """Wait for the calls in flight, so that what is paid for is kept when a run ends early."""
+        await asyncio.gather(*self._pending.values(), return_exceptions=True)
+
     async def _ask(self, key: str, request: Request) -> Reply:
         reply = await self.inner.ask(request)
         self.cache.put(key, reply)

@@ -279,6 +279,24 @@ def test_a_refused_request_is_dropped_and_the_rest_goes_on(tmp_path, captions, t
     assert reasons == {"refused"}
 
 
+def test_an_endpoint_that_refuses_everything_is_not_asked_everything(tmp_path, captions, teacher):
+    teacher.fault = lambda number, messages: (400, {})
+    with pytest.raises(ServiceError, match="the first 8 requests were refused"):
+        run(captions, tmp_path / "out", teacher, "kinds.complex_reasoning=null", "kinds.iterative_abduction=null")
+    assert len(teacher.asked) < 100
+
+
+def test_what_is_in_flight_when_a_run_fails_is_kept(tmp_path, captions, teacher):
+    def fault(number, messages):
+        time.sleep(0 if number == 12 else 0.1)
+        return (401, {}) if number == 12 else None
+
+    teacher.fault = fault
+    with pytest.raises(ServiceError, match="HTTP 401"):
+        run(captions, tmp_path / "out", teacher, "--concurrency", 4)
+    assert sum(1 for _ in read_rows(tmp_path / "out/replies.jsonl")) == len(teacher.asked) - 1
+
+
 def test_an_endpoint_that_dies_is_told_and_the_run_can_go_on(tmp_path, captions, teacher, monkeypatch):
     import medllava.llm.openai_api as api
 

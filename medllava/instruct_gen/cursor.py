@@ -25,6 +25,9 @@ SAMPLES = 25
 MOST_SPOTS = 10
 """Spots kept per frame, strongest first."""
 
+NOISE_RANK, NOISE_FACTOR = 0.35, 3.5
+"""The noise threshold is this multiple of this quantile of the differences between neighbouring samples."""
+
 WIDEST = 0.3
 """Spots larger than this fraction of the picture's height are no cursor."""
 
@@ -43,7 +46,7 @@ LOOKS = 8
 LAG = 3
 """Frames before and after with which a spot is compared to see whether it moves."""
 
-SPAN_S = 4.0
+SPAN_S = 2.0
 """Zones of steady change are found by how many spans of this length they change in."""
 
 
@@ -97,13 +100,14 @@ class Spots:
 
 
 def _noise(stack: Sequence[Plane], floor: float) -> Plane:
-    """Threshold plane: 2.5 x the usual difference between neighbouring samples, at least ``floor``, at most 40."""
+    """Threshold plane: a multiple of the usual difference between neighbouring samples, at least ``floor``."""
     if len(stack) < 2:
         return np.full_like(stack[0], round(floor))
     steps = [np.asarray(cv2.absdiff(a, b), np.uint8) for a, b in zip(stack, stack[1:], strict=False)]
-    usual = pixel_ranks(steps, [int(0.6 * len(steps))])[0]
-    usual = np.asarray(cv2.max(usual, cv2.blur(usual, (5, 5))), np.uint8)
-    return np.asarray(np.minimum(2.5 * usual.astype(np.float32) + floor, 40), np.uint8)
+    # A low rank: where a cursor goes round and round, most neighbouring samples differ by more than noise.
+    usual = pixel_ranks(steps, [int(NOISE_RANK * len(steps))])[0].astype(np.float32)
+    usual = np.maximum(usual, cv2.blur(usual, (5, 5)))
+    return np.asarray(np.minimum(NOISE_FACTOR * usual + floor, 40), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class SpotFinder:
 
     def zone(self) -> Plane | None:
         """255 in cells that change in most spans of the video (talking head, clock, subtitles); None if unknown yet."""
-        if self._active is None or self._spans < 5:
+        if self._active is None or self._spans < 10:
             return None
         zone = np.where(self._active > 0.5 * self._spans, 255, 0).astype(np.uint8)
         # The quiet parts between a face's moving outlines belong to it as well: such zones are rectangles.

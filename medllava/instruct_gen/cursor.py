@@ -221,12 +221,13 @@ def _blobs(cells: Plane, zone: Plane | None) -> list[tuple[float, float]]:
     if cv2.minMaxLoc(cells)[1] <= least:
         return []
     mask = cv2.threshold(cells, least, 255, cv2.THRESH_BINARY)[1]
-    _, _, boxes, centres = cv2.connectedComponentsWithStats(mask, connectivity=8)
     largest = WIDEST * cells.shape[0]
     found = []
-    for (x, y, width, height, _), (cx, cy) in zip(boxes[1:61].tolist(), centres[1:61].tolist(), strict=True):
+    for outline in cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0][:60]:
+        x, y, width, height = cv2.boundingRect(outline)
         if width <= largest and height <= largest:
-            found.append((int(cells[y : y + height, x : x + width].sum()), 2 * cx + 0.5, 2 * cy + 0.5))
+            energy = cv2.sumElems(cells[y : y + height, x : x + width])[0]
+            found.append((energy, 2 * x + width - 0.5, 2 * y + height - 0.5))
     found.sort(reverse=True)
     return [(x, y) for _, x, y in found[:MOST_SPOTS]]
 

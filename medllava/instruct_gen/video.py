@@ -34,6 +34,9 @@ LARGEST_GAP_S = 0.17
 LOOK_AHEAD = 40
 """Frames decoded before the choice of what to leave undecoded is confirmed."""
 
+PACKETS = 200
+"""Packets looked at, undecoded, to see how frames depend on one another."""
+
 CUT_SHORT_S = 1.5
 """A stream that ends this much before its header says is damaged."""
 
@@ -69,6 +72,7 @@ class VideoReader:
             width, height = (first.height, first.width) if self._turns % 2 else (first.width, first.height)
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             self.duration_s = _duration_s(container, stream)
+            self._anchor_gap_s = self._gap_between_anchors(container, stream)
             self.video = Video(
                 name=path.name,
                 width=width,
@@ -119,6 +123,8 @@ class VideoReader:
     def _decoded(self) -> Iterator[tuple[av.VideoFrame, float]]:
         """(frame, seconds) decoded with the coarsest skipping that leaves no gap above LARGEST_GAP_S."""
         for skip in ("BIDIR", "NONREF"):
+            if skip == "BIDIR" and self._anchor_gap_s > LARGEST_GAP_S:
+                continue
             frames = self._decode(skip)
             head = list(islice(frames, LOOK_AHEAD))
             gaps = np.diff([t_s for _, t_s in head])
@@ -128,6 +134,16 @@ class VideoReader:
                 return
             frames.close()
         yield from self._decode("DEFAULT")
+
+    def _gap_between_anchors(self, container: Any, stream: Any) -> float:
+        """Usual longest gap if bidirectionally predicted frames are left out, from the first packets' time stamps."""
+        newest, gaps = -1.0, []
+        for packet in islice(container.demux(stream), PACKETS):
+            # Packets come in decoding order: one that is later than all before it is no B-frame.
+            if packet.pts is not None and (time_s := float(packet.pts * packet.time_base)) > newest:
+                gaps.append(time_s - newest)
+                newest = time_s
+        return float(np.quantile(gaps[1:], 0.95)) if len(gaps) > 1 else 0.0
 
     def _decode(self, skip: str) -> Any:
         with self._open() as container:

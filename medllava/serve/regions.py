@@ -42,6 +42,11 @@ def _widened(box: Box) -> Box:
     return wider
 
 
+def mentions_region(text: str) -> bool:
+    """True if ``text`` speaks of a region that must have been marked, such as "this box"."""
+    return _MENTION.search(text) is not None
+
+
 def around(point: Point) -> Box:
     """The box that stands for a clicked point: :data:`POINT_SIDE` wide and high, centred on it, cut to the image."""
     half = POINT_SIDE / 2

@@ -1,0 +1,108 @@
+"""Asks a worker over HTTP. The web chat uses this file; it needs no torch.
+
+Every way in which a question can fail becomes a ServiceError whose text says what happened and what to do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import httpx
+import openai
+
+from medllava.conversation import Turn
+from medllava.errors import ServiceError
+
+CONNECT_S = 5.0
+READ_S = 600.0
+"""Longest silence of a worker. A question may wait in its line before the first byte comes."""
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """What a worker says about itself. ``detail`` is for people."""
+
+    url: str
+    status: Literal["ready", "loading", "unreachable"]
+    model: str | None
+    detail: str
+
+
+class Worker:
+    """One worker: where it is and the key it asks for."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._http = httpx.AsyncClient(timeout=3.0)
+        # max_retries=0: a person sees why at once and asks again; the client would try silently.
+        self._client = openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key=api_key or "none", max_retries=0,
+            timeout=openai.Timeout(READ_S, connect=CONNECT_S),
+        )
+
+    async def state(self) -> WorkerState:
+        """Ask how the worker is; never raises for a worker that is down."""
+        try:
+            health = (await self._http.get(f"{self.url}/health")).json()
+            status, model = health["status"], health["model"]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return WorkerState(self.url, "unreachable", None, f"no worker answers at {self.url}")
+        if status != "ready":
+            return WorkerState(self.url, "loading", None, f"loading the model, {health.get('seconds', 0):.0f} s so far")
+        waiting = health.get("waiting", 0)
+        line = f"answering, {waiting} waiting" if waiting else "answering" if health.get("busy") else "ready"
+        return WorkerState(self.url, "ready", str(model), line)
+
+    async def ask(
+        self, turns: Sequence[Turn], image_uri: str | None = None, *, max_new_tokens: int = 256
+    ) -> AsyncIterator[str]:
+        """Stream the answer to ``turns``, whose first user turn is about the picture. Closing the iterator ends the
+        request, on which the worker stops. Raises ServiceError."""
+        try:
+            model = await self._model()
+            stream = await self._client.chat.completions.create(
+                model=model, messages=_messages(turns, image_uri), stream=True, temperature=0.0,
+                max_tokens=max_new_tokens,
+            )
+            async with stream:
+                async for chunk in stream:
+                    if chunk.choices and chunk.choices[0].delta.content:
+                        yield chunk.choices[0].delta.content
+        except openai.OpenAIError as error:
+            raise self._fault(error) from error
+        except httpx.HTTPError as error:
+            raise ServiceError(f"{self.url}: the answer broke off; the worker may have stopped. Ask again.") from error
+
+    async def _model(self) -> str:
+        async for model in self._client.models.list():
+            return model.id
+        raise ServiceError(f"{self.url}: serves no model; is this a medllava worker?")
+
+    def _fault(self, error: openai.OpenAIError) -> ServiceError:
+        if isinstance(error, openai.APITimeoutError):
+            return ServiceError(f"{self.url}: the worker sent nothing for {READ_S:.0f} s. Ask again or restart it.")
+        if isinstance(error, openai.APIConnectionError):
+            return ServiceError(
+                f"No worker can be reached at {self.url}. Is it running? Start it with:"
+                " python -m medllava.serve.worker --model-path FOLDER --port PORT"
+            )
+        if isinstance(error, openai.AuthenticationError):
+            return ServiceError(f"{self.url}: the worker asks for an API key; start the web chat with --api-key-file.")
+        if isinstance(error, openai.APIError):
+            # The worker's own sentence: still loading, prompt too long, bad picture, out of memory, ...
+            body = error.body if isinstance(error.body, dict) else {}
+            return ServiceError(str(body.get("message") or error.message))
+        return ServiceError(f"{self.url}: {error}")
+
+
+def _messages(turns: Sequence[Turn], image_uri: str | None) -> Any:
+    """The turns as API messages, the picture in the first of the user's."""
+    messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.text} for turn in turns]
+    first = next((message for message in messages if message["role"] == "user"), None)
+    if image_uri and first:
+        first["content"] = [
+            {"type": "image_url", "image_url": {"url": image_uri}}, {"type": "text", "text": first["content"]}
+        ]
+    return messages

@@ -1,0 +1,184 @@
+"""The web chat: open a field of view, draw a box or click a point, ask, and see the answer's boxes on the image.
+
+    python -m medllava.serve.web --model-path demo-out/stage2
+    python -m medllava.serve.web --worker http://127.0.0.1:8000 --worker http://127.0.0.1:8001
+
+With --model-path it starts a worker of its own and ends it again. The page talks to workers only over HTTP. Pictures
+and questions are kept in memory, for as long as the page is open; none is written to disk, and nothing is fetched from
+a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import httpx
+
+from medllava.errors import ConfigError, DataError, MissingExtraError, ServiceError, run_cli
+
+EXAMPLE_TYPES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
+QUESTIONS = (
+    "What is in this region?",
+    "What do you see in this image?",
+    "Where is the gland?",
+    "Mark the blood vessel in this image.",
+    "Is there necrosis in this image?",
+)
+
+
+@contextlib.contextmanager
+def own_worker(model_path: Path, options: Sequence[str]) -> Iterator[str]:
+    """Start a worker for ``model_path`` on a free port, wait until its model is loaded, and end it afterwards.
+
+    Yields its URL. Raises ServiceError if it ends before it is ready; it has then said why on stderr.
+    """
+    command = [sys.executable, "-m", "medllava.serve.worker", "--model-path", str(model_path), "--port", "0"]
+    # Its standard input closes with this process, however that ends, and the worker ends with it.
+    process = subprocess.Popen(
+        [*command, "--stop-with-stdin", *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        url = process.stdout.readline().removeprefix("listening on ").strip()
+        started = time.monotonic()
+        while url and process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                    print(f"model loaded in {time.monotonic() - started:.0f} s{' ' * 30}", file=sys.stderr)
+                    break
+            print(f"\rloading {model_path}: {time.monotonic() - started:.0f} s", end="", file=sys.stderr, flush=True)
+            time.sleep(0.5)
+        else:
+            raise ServiceError(f"the worker for {model_path} did not start; its own message is above")
+        yield url
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.stdout.close()
+
+
+def read_logins(path: Path | None) -> list[tuple[str, str]] | None:
+    """Pairs from a file with one ``user:password`` a line. Raises ConfigError."""
+    if path is None:
+        return None
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise ConfigError(f"--auth-file {path}: cannot be read ({error.strerror})") from error
+    logins = [tuple(line.split(":", 1)) for line in lines]
+    if not logins or any(len(login) != 2 or not all(login) for login in logins):
+        raise ConfigError(f"--auth-file {path}: expected one user:password a line")
+    return logins  # type: ignore[return-value]
+
+
+def find_examples(folder: Path | None) -> list[Path]:
+    """The pictures of a folder by name. Raises DataError if it is no folder or one of them cannot be opened."""
+    if folder is None:
+        return []
+    if not folder.is_dir():
+        raise DataError(f"--examples {folder}: no such folder")
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXAMPLE_TYPES)
+
+
+def free_port(host: str, port: int) -> int:
+    """``port`` if it can be listened on, any free one for 0. Raises ConfigError."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"cannot listen on {host}:{port} ({error}); choose another --port or --host") from error
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def private_folder() -> Iterator[Path]:
+    """Gradio's folder for files, readable by this user only and removed at the end. The page uses none of it."""
+    folder = Path(tempfile.mkdtemp(prefix="medllava-web-"))
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        prog="medllava serve.web", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = options.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model-path", type=Path, help="checkpoint folder: start a worker for it")
+    source.add_argument("--worker", action="append", metavar="URL", help="a running worker; repeat for several")
+    options.add_argument("--port", type=int, default=7860, help="0 takes any free port (default 7860)")
+    options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default 127.0.0.1)")
+    options.add_argument("--examples", type=Path, metavar="DIR", help="folder of pictures to offer")
+    options.add_argument("--questions", type=Path, metavar="FILE", help="sample questions to offer, one a line")
+    options.add_argument("--root-path", default="", help="path that a proxy serves the page under, such as /chat")
+    options.add_argument("--auth-file", type=Path, help="file with one user:password a line: the page asks for them")
+    options.add_argument("--api-key-file", type=Path, help="file whose first line is the workers' API key")
+    options.add_argument("--device", help="with --model-path: cuda, cuda:1, mps or cpu")
+    options.add_argument("--load-4bit", action="store_true", help="with --model-path: language model in 4 bits")
+    options.add_argument("--load-8bit", action="store_true", help="with --model-path: language model in 8 bits")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    examples = find_examples(options.examples)
+    logins = read_logins(options.auth_file)
+    questions: Sequence[str] = QUESTIONS
+    if options.questions:
+        try:
+            lines = options.questions.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise ConfigError(f"--questions {options.questions}: cannot be read ({error.strerror})") from error
+        questions = [line.strip() for line in lines if line.strip()]
+    from medllava.serve.worker import LOOPBACK, read_keys
+
+    keys = read_keys(options.api_key_file)
+    port = free_port(options.host, options.port)
+    if options.host not in LOOPBACK and not logins:
+        print(f"warning: {options.host} lets other machines in without a password; see --auth-file", file=sys.stderr)
+
+    # A stopped service gets the same orderly end as Ctrl-C: the worker ends, the private folder goes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(private_folder())
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        urls = options.worker
+        if options.model_path:
+            passed = ["--device", options.device] if options.device else []
+            passed += ["--load-4bit"] * options.load_4bit + ["--load-8bit"] * options.load_8bit
+            urls = [stack.enter_context(own_worker(options.model_path, passed))]
+        try:
+            from medllava.serve.client import Worker
+            from medllava.serve.page import build, launch
+        except ImportError as error:
+            raise MissingExtraError("gradio and openai", "serve", error) from error
+        page = build([Worker(url, keys[0] if keys else None) for url in urls], examples, questions)
+        launch(page, options.host, port, root_path=options.root_path, logins=logins)
+        print(f"web chat on http://{options.host}:{port}{options.root_path} (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+        page.close(verbose=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -15,7 +15,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medllava.errors import ConfigError
-from medllava.jsonl import atomic_write
 
 
 class Recipe(BaseModel):
@@ -58,10 +57,9 @@ def parse_recipe(values: dict[str, Any], kind: type[Kind], where: str) -> Kind:
         raise ConfigError(f"{where}: " + "; ".join(problems)) from error
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as YAML, so that the run can be repeated from its own folder."""
-    with atomic_write(path) as file:
-        yaml.safe_dump(recipe.model_dump(mode="json"), file, sort_keys=False, allow_unicode=True)
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, for a copy in the run's own folder."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

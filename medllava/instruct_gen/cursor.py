@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float32]
 SAMPLES = 25
 """Frames whose median is the background of a window."""
 
-MOST_SPOTS = 10
+MOST_SPOTS = 18
 """Spots kept per frame, strongest first."""
 
 NOISE_RANK, NOISE_FACTOR = 0.35, 3.5

@@ -32,17 +32,23 @@ SMALLEST_SIDE = 0.015
 RESTING = 0.012
 """Speed, in image diagonals a second, below which a cursor rests."""
 
-DELIBERATE = 1.35
+DELIBERATE = 1.2
 """Path length of a gesture over the diagonal of its extent; a straight way from here to there has 1."""
 
 SHORTEST_PATH = 0.02
 """Path length, in image diagonals, below which nothing was shown."""
 
-PAD = 0.06
+PAD = 0.09
 """Share of the gesture's extent by which its box is widened on each side."""
 
-UNDERLINE = 0.3
+UNDERLINE = 0.2
 """Flatter than this (height over width), a gesture is taken for an underline: the finding is above it."""
+
+SLOW = 0.85
+"""Path, in extents a second, below which a gesture that does not go round wanders about the middle of a finding."""
+
+MIDDLE = 2.4
+"""Size of a finding over that of a wander about its middle."""
 
 
 def ground(utterance: Utterance, trace: Sequence[TracePoint], size: tuple[int, int]) -> Box | None:
@@ -63,7 +69,8 @@ def ground(utterance: Utterance, trace: Sequence[TracePoint], size: tuple[int, i
     spell = _pointing_spell(t_s, xy)
     if spell is None or not _is_deliberate(xy[spell]):
         return None
-    return _box(xy[spell] * diagonal, size)
+    wanders = _wanders(t_s[spell], xy[spell])
+    return _box(xy[spell] * diagonal, size, wanders)
 
 
 def _pointing_spell(t_s: Floats, xy: Floats) -> slice | None:
@@ -91,7 +98,7 @@ def _is_deliberate(xy: Floats) -> bool:
     # Steps within the tracker's own unrest do not add up to a gesture.
     kept = [xy[0]]
     for point in xy[1:]:
-        if np.hypot(*(point - kept[-1])) >= 0.003:
+        if np.hypot(*(point - kept[-1])) >= 0.002:
             kept.append(point)
     way = np.array(kept)
     path = float(np.hypot(*np.diff(way, axis=0).T).sum()) if len(way) > 1 else 0.0
@@ -99,15 +106,25 @@ def _is_deliberate(xy: Floats) -> bool:
     return path >= SHORTEST_PATH and path >= DELIBERATE * extent
 
 
-def _box(xy: Floats, size: tuple[int, int]) -> Box | None:
+def _wanders(t_s: Floats, xy: Floats) -> bool:
+    """Is it a slow, small motion about a place, rather than one along an outline or over an area?"""
+    extent = np.maximum(np.ptp(xy, axis=0), 1e-6)
+    path = np.hypot(*np.diff(xy, axis=0).T).sum()
+    rate = path / np.hypot(*extent) / (t_s[-1] - t_s[0])
+    about = xy - (xy.max(0) + xy.min(0)) / 2
+    angle = np.unwrap(np.arctan2(about[:, 1], about[:, 0]))
+    turns = abs(angle[-1] - angle[0]) / (2 * np.pi)
+    return bool(rate < SLOW and turns < 0.95 and extent[1] >= UNDERLINE * extent[0])
+
+
+def _box(xy: Floats, size: tuple[int, int], wanders: bool) -> Box | None:
     """A padded box (0..1) around the 5-95 % range of the points (pixels)."""
     (x1, y1), (x2, y2) = np.quantile(xy, (0.05, 0.95), axis=0)
-    width, height = x2 - x1, y2 - y1
-    if height < UNDERLINE * width:
-        y1 = y2 - 0.8 * width
-        height = y2 - y1
-    x1, x2 = x1 - PAD * width, x2 + PAD * width
-    y1, y2 = y1 - PAD * height, y2 + PAD * height
-    grow = np.maximum(SMALLEST_SIDE * np.array(size) - (x2 - x1, y2 - y1), 0) / 2
-    box = clipped_box((x1 - grow[0]) / size[0], (y1 - grow[1]) / size[1], (x2 + grow[0]) / size[0], (y2 + grow[1]) / size[1])
+    if y2 - y1 < UNDERLINE * (x2 - x1):
+        y1 = y2 - (x2 - x1)
+    pad = PAD + (MIDDLE - 1) / 2 * wanders
+    across, down = pad * (x2 - x1), pad * (y2 - y1)
+    across = max(across, (SMALLEST_SIDE * size[0] - (x2 - x1)) / 2)
+    down = max(down, (SMALLEST_SIDE * size[1] - (y2 - y1)) / 2)
+    box = clipped_box((x1 - across) / size[0], (y1 - down) / size[1], (x2 + across) / size[0], (y2 + down) / size[1])
     return box if box is not None and box.area <= LARGEST_AREA else None

@@ -28,7 +28,7 @@ FINEST = np.array([0.25, 0.4, 6, 6, 3, 3, 3, 3], np.float32)
 LEFT = 0.35
 """A cursor whose top lies left of this share of its width is an arrow and points with its upper left corner."""
 
-FARTHEST = np.array([24, 8, 8, 8, 8, 8, 8, 8], np.float32)
+FARTHEST = np.array([60, 8, 8, 8, 8, 8, 8, 8], np.float32)
 """Squared deviation beyond which a look does not count further against a spot."""
 
 LOOKS_OF_NOISE = np.random.default_rng(0).normal(

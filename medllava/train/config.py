@@ -69,8 +69,9 @@ class Contrastive(Recipe):
     """Stage 0a: CLIP's symmetric loss on pictures and captions (Radford et al. 2021), and a term on regions.
 
     kinds: of the samples whose answers are captions. region_weight: of the loss that contrasts a box's patches with the
-        text said about it (0: off). regions_per_image: at most so many boxes of a picture in a batch. temperature: at
-        the start; it is learned.
+        text said about it (0: off). regions_per_image: at most so many boxes of a picture in a batch. region_layer:
+        hidden state of the encoder whose patches the region term reads (-1: the last); the language model reads
+        ``vision.feature_layer``. temperature: at the start; it is learned.
     """
 
     optim: Optim
@@ -84,6 +85,7 @@ class Contrastive(Recipe):
     caption_weight: float = Field(default=1.0, ge=0)
     region_weight: float = Field(default=0.0, ge=0)
     regions_per_image: int = Field(default=4, ge=1)
+    region_layer: int = Field(default=-1, le=-1)
 
 
 class Language(Recipe):

@@ -34,7 +34,6 @@ class Pair:
     """A picture, the captions about it as a whole, and its boxes with a text each."""
 
     image: str
-    size: tuple[int, int]
     captions: tuple[str, ...]
     regions: tuple[tuple[Box, str], ...]
 
@@ -66,7 +65,7 @@ class ContrastiveBatch:
 
 
 def read_pairs(
-    samples: Sequence[InstructionSample], recipe: Contrastive, images: Path, captions_file: Path | None
+    samples: Sequence[InstructionSample], recipe: Contrastive, captions_file: Path | None
 ) -> list[Pair]:
     """Captions from samples of ``recipe.kinds``; regions from samples of ``recipe.region_kinds`` (a question with one
     box and an answer without) and from the phrases with boxes in ``captions.jsonl``.
@@ -102,11 +101,7 @@ def read_pairs(
         raise DataError(
             f"nothing for contrastive training: no sample of kind {', '.join(recipe.kinds)}, and no boxes"
         )
-    pairs = []
-    for name in names:
-        size = load_image(images / name).size
-        pairs.append(Pair(name, size, tuple(captions.get(name, ())), tuple(regions.get(name, ()))))
-    return pairs
+    return [Pair(name, tuple(captions.get(name, ())), tuple(regions.get(name, ()))) for name in names]
 
 
 class ContrastiveData:
@@ -121,11 +116,13 @@ class ContrastiveData:
         self._grid = round(patches**0.5)
         self._seed = seed
         self._tokens: dict[str, torch.Tensor] = {}
-        # Half precision halves the memory; the pictures have 8 bits.
-        self._pixels = [
-            pixel_values(processor.image_processor, [load_image(images / pair.image)])[0].half()
-            for pair in tqdm(pairs, desc="read images", unit="image", mininterval=0.5)
-        ]
+        self._pixels: list[torch.Tensor] = []
+        self._sizes: list[tuple[int, int]] = []
+        for pair in tqdm(pairs, desc="read images", unit="image", mininterval=0.5):
+            image = load_image(images / pair.image)
+            self._sizes.append(image.size)
+            # Half precision halves the memory; the pictures have 8 bits.
+            self._pixels.append(pixel_values(processor.image_processor, [image])[0].half())
 
     def make(self, epoch: int, indices: list[int]) -> list[ContrastiveBatch]:
         recipe = self._recipe
@@ -142,7 +139,7 @@ class ContrastiveData:
             if recipe.region_weight:
                 chosen = rng.sample(pair.regions, min(len(pair.regions), recipe.regions_per_image))
                 for box, text in chosen:
-                    weights = patch_weights(flip_box(box, variant), pair.size, self._grid)
+                    weights = patch_weights(flip_box(box, variant), self._sizes[index], self._grid)
                     regions.append((row, weights, flip_text(text, variant)))
         classes = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         region_texts = {text: number for number, text in enumerate(dict.fromkeys(text for _, _, text in regions))}
@@ -186,12 +183,13 @@ class ContrastiveLoss(nn.Module):
         self.clip = clip
         self._caption_weight = recipe.caption_weight
         self._region_weight = recipe.region_weight
+        self._region_layer = recipe.region_layer
         with torch.no_grad():
             clip.logit_scale.fill_(1 / recipe.temperature).log_()
 
     def forward(self, batch: ContrastiveBatch) -> torch.Tensor:
         scale = self.clip.logit_scale.clamp(max=4.6052).exp()
-        seen = self.clip.vision_model(pixel_values=batch.pixels)
+        seen = self.clip.vision_model(pixel_values=batch.pixels, output_hidden_states=True)
         texts = functional.normalize(
             self.clip.text_projection(self.clip.text_model(input_ids=batch.tokens).pooler_output), dim=-1
         )
@@ -205,7 +203,7 @@ class ContrastiveLoss(nn.Module):
             both = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
             loss = loss + self._caption_weight * both / 2
         if len(batch.region_rows) and self._region_weight:
-            patches = self.clip.vision_model.post_layernorm(seen.last_hidden_state[:, 1:])
+            patches = self.clip.vision_model.post_layernorm(seen.hidden_states[self._region_layer][:, 1:])
             pooled = (batch.region_weights[:, :, None] * patches[batch.region_rows]).sum(1)
             regions = functional.normalize(self.clip.visual_projection(pooled), dim=-1)
             logits = scale * regions @ texts[captions:].T

@@ -235,6 +235,8 @@ def micro_batches(
 
     def make(epoch: int, indices: list[int]) -> list[Batch]:
         made = []
+        if processes > 1:  # every process needs a sample at every step, or the others wait for it for ever
+            indices = (indices * processes)[: math.ceil(len(indices) / processes) * processes]
         mine = indices[rank::processes]
         size = max(1, math.ceil(len(mine) / accumulate))
         for start in range(0, len(mine), size):

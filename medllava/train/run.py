@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from medllava.config import save_recipe
+from medllava.config import to_yaml
 from medllava.conversation import InstructionSample
 from medllava.errors import ConfigError
-from medllava.jsonl import read_json, write_json
+from medllava.jsonl import atomic_write, read_json, write_json
 from medllava.model import checkpoint, manifest, tiny
 from medllava.model.pixels import tokens_per_image
 from medllava.model.prompt import PromptBuilder
@@ -95,7 +95,7 @@ def _foundation(recipe: FoundationRecipe, paths: Paths, samples: Sequence[Instru
         text_positions=clip_part.text_positions,
     )
     language = LlamaForCausalLM(tiny.llama_config(recipe.text, tokenizer))
-    pairs = read_pairs(samples, clip_part, paths.images, paths.captions)
+    pairs = read_pairs(samples, clip_part, paths.captions)
     pair_order = Order(len(pairs), clip_part.optim.batch_size, recipe.seed)
     pair_steps = _steps(clip_part.optim, pair_order)
 
@@ -394,7 +394,8 @@ def _begin(recipe: FoundationRecipe | TuneRecipe, paths: Paths, table: Sequence[
     if not (paths.out / RUN_FILE).is_file():
         for stale in (STATE_FILE, LOG_FILE):
             (paths.out / stale).unlink(missing_ok=True)
-    save_recipe(recipe, paths.out / "recipe.yaml")
+    with atomic_write(paths.out / "recipe.yaml") as file:
+        file.write(to_yaml(recipe))
     write_json(paths.out / RUN_FILE, {
         "command": sys.argv,
         "paths": {name: str(value) for name, value in vars(paths).items() if value is not None},

@@ -47,7 +47,8 @@ def test_a_plain_hugging_face_folder_is_accepted(tiny: Path, tmp_path: Path) -> 
     plain = copy(tiny, tmp_path / "01")
     (plain / "medllava.json").unlink()
     manifest = checkpoint.describe(plain)
-    assert (manifest.kind, manifest.chat_format, manifest.image_size, manifest.padding) == ("full", "template", 96, "square")
+    assert (manifest.kind, manifest.chat_format) == ("full", "template")
+    assert (manifest.image_size, manifest.padding) == (96, "square")
     assert answers(plain) == answers(tiny)
 
 
@@ -180,7 +181,11 @@ def test_saving_into_a_folder_with_other_files_keeps_them(tiny: Path, tmp_path: 
 
 def test_a_save_that_fails_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = checkpoint.load(tiny)
-    monkeypatch.setattr(type(loaded.processor), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "full")
+
+    monkeypatch.setattr(type(loaded.processor), "save_pretrained", full)
     with pytest.raises(OSError, match="full"):
         checkpoint.save_full(tmp_path / "out", loaded.model, loaded.processor, chat_format="medllava")
     assert list(tmp_path.iterdir()) == []

@@ -15,8 +15,9 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\\n\\n' + m['content'] | trim + '<|eot|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\\n\\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start|>' + m['role'] + '<|end|>\\n\\n' + m['content'] | trim + '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\\n\\n' }}{% endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
@@ -151,7 +152,8 @@ def test_unknown_format(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_pictures_go_in_front_of_the_first_user_turn() -> None:
-    turns = [Turn(role="system", text="Be brief."), Turn(role="user", text="Compare."), Turn(role="assistant", text="Ok")]
+    talk = {"system": "Be brief.", "user": "Compare.", "assistant": "Ok"}
+    turns = [Turn.model_validate({"role": role, "text": text}) for role, text in talk.items()]
     assert [turn.text for turn in with_image_tag(turns, 2)] == ["Be brief.", "<image>\n<image>\nCompare.", "Ok"]
     assert with_image_tag(turns, 0) == turns
     placed = [Turn(role="user", text="What is <image> ?")]

@@ -15,8 +15,8 @@ RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 COLOURS = {"gland": "#802080", "vessel": "#c01010", "adipose": "#fdfdfd", "necrosis": "#404040"}
 SMALL = [
     "vision.hidden_size=32", "vision.intermediate_size=64", "vision.heads=2", "text.hidden_size=32",
-    "text.intermediate_size=64", "tokenizer.vocab_size=330", "contrastive.optim.steps=3", "contrastive.optim.batch_size=8",
-    "language.optim.steps=3", "language.optim.batch_size=8",
+    "text.intermediate_size=64", "tokenizer.vocab_size=330", "contrastive.optim.steps=3",
+    "contrastive.optim.batch_size=8", "language.optim.steps=3", "language.optim.batch_size=8",
 ]
 
 
@@ -47,7 +47,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
         name = f"{number}.png"
         image.save(folder / name)
         rows.append(row(f"c{number}", name, "caption", ["<image>", f"{quadrant} {kind}"]))
-        turns = [f"<image>\nWhere is the {kind}?", f"In the {quadrant}.", f"Give the box of the {kind}.", format_box(box)]
+        turns = [f"<image>\nWhere is the {kind}?", f"In the {quadrant}."]
+        turns += [f"Give the box of the {kind}.", format_box(box)]
         if number % 3:
             turns += [f"What is in the region {format_box(box)}?", f"A {kind}."]
         rows.append(row(f"q{number}", name, "grounding", turns))

@@ -10,7 +10,8 @@ from medllava.train.augment import choose_variant, flip_box, flip_pixels, flip_t
 
 TEXTS = [
     "In the upper left.", "A gland [0.10, 0.20, 0.35, 0.40] lies above the vessel, to its right.",
-    "LOWER RIGHT and Left; the top and the bottom.", "Bright, leftover, copyright: no words of place.", "[0.10, 0.20] 1.5",
+    "LOWER RIGHT and Left; the top and the bottom.", "Bright, leftover, copyright: no words of place.",
+    "[0.10, 0.20] 1.5",
 ]
 
 

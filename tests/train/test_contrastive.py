@@ -41,14 +41,16 @@ def test_positions_are_distinct_and_of_the_set_amplitude() -> None:
 @pytest.mark.parametrize("region_weight", [0.0, 1.0])
 def test_a_small_set_is_learnt_by_heart(data: Any, region_weight: float) -> None:
     recipe = Contrastive(
-        optim=Optim(steps=1, learning_rate=1e-3), region_weight=region_weight, caption_weight=1.0 - region_weight, flip=True
+        optim=Optim(steps=1, learning_rate=1e-3), region_weight=region_weight, caption_weight=1.0 - region_weight,
+        flip=True,
     )
     samples = read_samples(data.file)
-    pairs = read_pairs(samples, recipe, data.images, data.captions)
+    pairs = read_pairs(samples, recipe, data.captions)
     assert len(pairs) == 40
     assert all(len(pair.captions) == 1 and len(pair.regions) in (1, 2) for pair in pairs)
     vision = VisionSizes(hidden_size=32, intermediate_size=64, heads=2, layers=2)
-    tokenizer = build_tokenizer([turn.text for sample in samples for turn in sample.turns], TokenizerSizes(vocab_size=330))
+    texts = [turn.text for sample in samples for turn in sample.turns]
+    tokenizer = build_tokenizer(texts, TokenizerSizes(vocab_size=330))
     torch.manual_seed(0)
     clip = build_clip(vision, tokenizer, projection_dim=16, text_layers=1, text_positions=32)
     made = ContrastiveData(

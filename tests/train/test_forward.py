@@ -24,7 +24,9 @@ def examples(loaded: Any, data: Any) -> Examples:
     return Examples(read_samples(data.file, ["grounding", "other"]), prompts, max_length=512)
 
 
-def batches(loaded: Any, examples: Examples, pictures: Pictures, *, accumulate: int = 1, flip: int | None = None) -> Any:
+def batches(
+    loaded: Any, examples: Examples, pictures: Pictures, *, accumulate: int = 1, flip: int | None = None
+) -> Any:
     make = micro_batches(
         examples, pictures, accumulate=accumulate, flip_seed=flip, pad_id=0,
         image_token_id=loaded.model.config.image_token_id,

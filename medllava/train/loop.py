@@ -23,14 +23,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from medllava.errors import CheckpointError, MedllavaError
-from medllava.jsonl import Appender, atomic_write, read_rows, write_records
+from medllava.jsonl import atomic_write
 from medllava.train.config import Optim
-from medllava.train.plots import TensorBoard, plot_loss
+from medllava.train.plots import LOG_FILE, Journal, plot_loss
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
-LOG_FILE = "train_log.jsonl"
 STOPPED = 143
 """Exit code after SIGTERM, as shells report it."""
 
@@ -90,7 +89,6 @@ def fit(
     rates = [group.learning_rate for group in groups]
     torch.manual_seed(pace.seed)
     start = _restore(out / STATE_FILE, parameters, optimizer)
-    _cut_log(out / LOG_FILE, start)
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     wrapped.train()
     device = accelerator.device
@@ -101,7 +99,7 @@ def fit(
     since = time.perf_counter()
     loader = _load(batches, start, steps, workers)
     with (
-        _told_to_stop() as told, Appender(out / LOG_FILE) as rows, TensorBoard(out / "tensorboard", start) as board,
+        _told_to_stop() as told, Journal(out, start, enabled=main) as journal,
         tqdm(total=steps, initial=start, desc=name, unit="step", mininterval=0.5, disable=not main) as bar,
     ):
         for step, micro in enumerate(loader, start=start):
@@ -121,12 +119,12 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss)
             tokens += weight
-            samples += sum(len(batch.ids) for batch in micro)
+            samples += sum(len(batch.ids) for batch in micro) * accelerator.num_processes
             bar.update()
             done = step + 1
             if done % pace.log_every == 0 or done == steps:
                 seconds = time.perf_counter() - since
-                row = {
+                row: dict[str, Any] = {
                     "step": done, "loss": sum(losses) / len(losses), "grad_norm": norm, "seconds": round(seconds, 3),
                     "supervised_tokens": tokens, "samples": samples,
                     "lr": {group.name: rate * factor for group, rate in zip(groups, rates, strict=True)},
@@ -135,10 +133,9 @@ def fit(
                     row["eval_loss"] = validate()
                     wrapped.train()
                 if main:
-                    rows.write(row)
-                    board.add(row)
+                    journal.add(row)
                     bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
-                final = float(row["loss"])  # type: ignore[arg-type]
+                final = row["loss"]
                 losses, tokens, samples, since = [], 0, 0, time.perf_counter()
             if told.stop or (done % pace.save_every == 0 and done < steps):
                 if main:
@@ -216,13 +213,6 @@ def _restore(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.o
     if state["random_cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["random_cuda"])
     return int(state["step"])
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Drop what was logged after the state that is resumed from."""
-    if path.is_file():
-        rows = [row for _, row in read_rows(path) if row["step"] <= step]
-        write_records(path, rows)
 
 
 class _Told:

@@ -1,4 +1,4 @@
-"""What a run looked like: the loss curve as a picture, and TensorBoard logs. Both are left out if their package is."""
+"""What a run looks like: its log, the loss curve as a picture, and TensorBoard, as far as their packages are there."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from medllava.jsonl import read_rows
+from medllava.jsonl import Appender, read_rows, write_records
 
 log = logging.getLogger(__name__)
+
+LOG_FILE = "train_log.jsonl"
 
 
 def plot_loss(log_file: Path, picture: Path, title: str) -> None:
@@ -48,32 +50,43 @@ def plot_loss(log_file: Path, picture: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-class TensorBoard:
-    """Writes log rows for TensorBoard; does nothing if the package is absent. A resumed run purges what it repeats."""
+class Journal:
+    """The run's log: rows in ``train_log.jsonl`` and, if the package is there, TensorBoard. A resumed run first drops
+    what was logged after ``start``, the step it resumes from. ``enabled`` is false in all processes but the main one."""
 
-    def __init__(self, folder: Path, start: int) -> None:
-        self._folder = folder
+    def __init__(self, out: Path, start: int, *, enabled: bool) -> None:
+        self._out = out
         self._start = start
-        self._writer: Any = None
+        self._enabled = enabled
+        self._board: Any = None
 
-    def __enter__(self) -> TensorBoard:
+    def __enter__(self) -> Journal:
+        if not self._enabled:
+            return self
+        file = self._out / LOG_FILE
+        if file.is_file():
+            write_records(file, [row for _, row in read_rows(file) if row["step"] <= self._start])
+        self._rows = Appender(file).__enter__()
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             log.warning("no TensorBoard log: %s; pip install 'medllava[train]'", error)
-            return self
-        self._writer = SummaryWriter(str(self._folder), purge_step=self._start)
+        else:
+            self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=self._start)
         return self
 
     def add(self, row: dict[str, Any]) -> None:
-        if self._writer is None:
+        self._rows.write(row)
+        if self._board is None:
             return
         for key in ("loss", "eval_loss", "grad_norm"):
             if key in row:
-                self._writer.add_scalar(key, row[key], row["step"])
+                self._board.add_scalar(key, row[key], row["step"])
         for name, rate in row["lr"].items():
-            self._writer.add_scalar(f"lr/{name}", rate, row["step"])
+            self._board.add_scalar(f"lr/{name}", rate, row["step"])
 
-    def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
+    def __exit__(self, *error: object) -> None:
+        if self._enabled:
+            self._rows.__exit__(*error)
+        if self._board is not None:
+            self._board.close()

@@ -40,7 +40,8 @@ from medllava.train.dataset import (
     read_samples,
 )
 from medllava.train.forward import LanguageLoss, VisionLanguageLoss, vision_features
-from medllava.train.loop import LOG_FILE, STATE_FILE, Group, Pace, fit
+from medllava.train.loop import STATE_FILE, Group, Pace, fit
+from medllava.train.plots import LOG_FILE
 from medllava.train.stages import Part, format_table, select
 
 log = logging.getLogger(__name__)
@@ -81,11 +82,10 @@ def run(recipe: FoundationRecipe | TuneRecipe, paths: Paths, *, resume: bool = F
 
 def _foundation(recipe: FoundationRecipe, paths: Paths, samples: Sequence[InstructionSample], *, plan: bool) -> None:
     """Stage 0: tokenizer, contrastive image encoder, language model, then one folder with an untrained projector."""
-    from accelerate import Accelerator
     from transformers import CLIPVisionModel, LlamaForCausalLM
 
     started = time.monotonic()
-    accelerator = Accelerator()
+    accelerator = _accelerator("no")
     torch.manual_seed(recipe.seed)
     tokenizer = tiny.build_tokenizer(_all_texts(samples), recipe.tokenizer)
     processor = tiny.build_processor(tokenizer, recipe.vision)
@@ -182,8 +182,6 @@ def _write_part(module: Any, file: Path) -> None:
 
 def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample], *, plan: bool) -> None:
     """Stages 1 and 2: freeze, tokenize, cache, train, save."""
-    from accelerate import Accelerator
-
     started = time.monotonic()
     if paths.init_from is None:
         raise ConfigError(f"stage {recipe.stage} starts from a checkpoint: add --init-from FOLDER")
@@ -194,7 +192,7 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
             f" {paths.init_from} MERGED, then --init-from MERGED"
         )
     half = recipe.precision == "bfloat16" or (recipe.precision == "auto" and torch.cuda.is_available())
-    accelerator = Accelerator(mixed_precision="bf16" if half else "no")
+    accelerator = _accelerator("bf16" if half else "no")
     torch.manual_seed(recipe.seed)
     loaded = checkpoint.load(
         paths.init_from, device=str(accelerator.device), dtype="bfloat16" if half else "float32"
@@ -271,6 +269,13 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
             checkpoint.save_full(paths.out, model, processor, **facts)
         _finish(paths.out, started, {"stage": recipe.stage, "steps": steps, "loss": loss})
     accelerator.wait_for_everyone()
+
+
+def _accelerator(mixed_precision: str) -> Any:
+    from accelerate import Accelerator
+
+    # Unless told that it is on the CPU, accelerate lets torchrun's processes run side by side without joining them.
+    return Accelerator(mixed_precision=mixed_precision, cpu=checkpoint.best_device() == "cpu")
 
 
 def _steps(optim: Optim, order: Order) -> int:

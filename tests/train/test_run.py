@@ -205,6 +205,20 @@ def test_the_same_seed_gives_the_same_weights_and_cached_or_live_features_do_too
     assert found[0] != pytest.approx(found[2], abs=1e-3)
 
 
+def test_two_processes_learn_what_one_does(data: Any, stage1: Path, tmp_path: Path) -> None:
+    settings = ["optim.steps=5", "lora.r=2", "optim.batch_size=6", "kinds=[grounding]"]
+    assert train("stage2", data, tmp_path / "one", stage1, *settings) == 0
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "medllava.train",
+        *arguments("stage2", data, tmp_path / "two", stage1, *settings),
+    ]
+    subprocess.run(command, check=True, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    one, two = adapters(tmp_path / "one"), adapters(tmp_path / "two")
+    # Equal but for the order of sums, which the first steps of Adam make visible.
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3
+
+
 def test_validation_loss_is_logged(data: Any, stage1: Path, tmp_path: Path) -> None:
     extra = ["--eval-data", str(data.file), "eval_every=2", "optim.steps=4", "lora.r=2", "kinds=[grounding]"]
     assert train("stage2", data, tmp_path / "out", stage1, *extra) == 0

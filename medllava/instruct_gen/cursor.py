@@ -85,8 +85,8 @@ class Spots:
     """Spots of a window's frames, one row each.
 
     ``frame``: index of the frame; ``t_s``; ``xy``: place in pixels of the working luma, n x 2; ``looks``: n x 8: log of
-    the summed difference, rms radius (chroma pixels), then y, u, v, each as it is and against the background. ``moving`` 0..1: how much
-    of the spot is new against the frames shortly before *and* shortly after.
+    the summed difference, rms radius (chroma pixels), then y, u, v, each as it is and against the background;
+    ``moving`` 0..1: how much of the spot is new against the frames shortly before *and* shortly after.
     """
 
     frame: npt.NDArray[np.int32]
@@ -135,18 +135,17 @@ class SpotFinder:
         cells = [_cells(difference) for difference in still]
         self._learn_zones(frames, cells)
         rows: list[tuple[int, int, float, float]] = []
-        for index, cell in enumerate(cells):
-            moving = _blobs(_cells(fresh[index]), zone)
-            rows.extend((index, 1, x, y) for x, y in moving)
-            rows.extend(
-                (index, 0, x, y) for x, y in _blobs(cell, zone) if all(abs(x - a) + abs(y - b) > 4 for a, b in moving)
-            )
+        for number, cell in enumerate(cells):
+            moving = _blobs(_cells(fresh[number]), zone)
+            resting = (p for p in _blobs(cell, zone) if all(abs(p[0] - a) + abs(p[1] - b) > 4 for a, b in moving))
+            rows.extend((number, 1, x, y) for x, y in moving)
+            rows.extend((number, 0, x, y) for x, y in resting)
         place = np.array(rows, dtype=np.float32).reshape(-1, 4)
         index, kind = place[:, 0].astype(np.int32), place[:, 1].astype(np.int32)
         t_s = np.array([frames[i].t_s for i in index], np.float32)
-        xy, looks, moving = _describe(frames, background, (still, fresh), index, kind, place[:, 2:])
-        self._keep_patches(frames, background, Spots(index, t_s, xy, looks, moving))
-        return Spots(index, t_s, xy, looks, moving)
+        spots = Spots(index, t_s, *_describe(frames, background, (still, fresh), index, kind, place[:, 2:]))
+        self._keep_patches(frames, background, spots)
+        return spots
 
     def outside_zone(self, spots: Spots) -> Spots:
         """The spots that do not lie where something changes all the time, as far as is known by now."""

@@ -78,11 +78,11 @@ def run(args: argparse.Namespace) -> int:
         f"{len(done)} of {len(tasks)} videos: {counts['narratives']} narratives,"
         f" {counts['phrases']} phrases, {counts['boxes']} with a box -> {args.out}"
     )
-    print(log_line)  # noqa: T201
+    print(log_line)
     if failures:
-        print(f"warning: {len(failures)} of {len(tasks)} videos failed, see {args.out / 'failed.jsonl'}")  # noqa: T201
+        print(f"warning: {len(failures)} of {len(tasks)} videos failed, see {args.out / 'failed.jsonl'}")
         for reason in list(failures.values())[:5]:
-            print(f"  {reason}")  # noqa: T201
+            print(f"  {reason}")
     return 0
 
 

@@ -76,7 +76,8 @@ def _ends(lit: npt.NDArray[np.bool_], scale: float, length: int) -> tuple[int, i
 def is_tissue(background: Background) -> bool:
     """Is there stained tissue to see, rather than a title, text or a plain screen?
 
-    Tissue is coloured and textured in contiguous areas. Text is thin, mostly grey, and stands on one flat colour.
+    Tissue is coloured and textured over one large area. Lines of text, a logo and a talking head are small areas on one
+    flat colour, whatever it is.
     """
     u, v = (plane.astype(np.float32) for plane in (background.u, background.v))
     rows, columns = (size // CELL for size in u.shape)
@@ -84,7 +85,9 @@ def is_tissue(background: Background) -> bool:
     luma = cv2.resize(background.y, (u.shape[1], u.shape[0]), interpolation=cv2.INTER_AREA).astype(np.float32)
     mean = _cell_mean(luma, rows, columns)
     rough = np.sqrt(np.maximum(_cell_mean(luma * luma, rows, columns) - mean**2, 0)) > 1.5
-    return bool((rough & (stained > 5)).mean() > 0.08)
+    seen = (rough & (stained > 5)).astype(np.uint8)
+    areas = cv2.connectedComponentsWithStats(seen, connectivity=4)[2][1:, cv2.CC_STAT_AREA]
+    return bool(len(areas) > 0 and areas.max() > 0.1 * seen.size)
 
 
 def _cell_mean(values: npt.NDArray[np.float32], rows: int, columns: int) -> npt.NDArray[np.float32]:

@@ -172,7 +172,8 @@ def _from_cues(path: Path, text: str) -> list[Utterance]:
         raise DataError(f"{path}: no cue found; expected lines like 00:00:01,000 --> 00:00:02,500")
     if any(after.start_s < before.end_s - 0.05 for before, after in zip(cues, cues[1:], strict=False)):
         log.warning("%s: cues overlap or are out of order; they are kept with their own times", path)
-    return [sentence for cue in _joined(sorted(cues, key=lambda c: c.start_s)) for sentence in _sentences_by_length(cue)]
+    whole = _joined(sorted(cues, key=lambda cue: cue.start_s))
+    return [sentence for cue in whole for sentence in _sentences_by_length(cue)]
 
 
 def _seconds(path: Path, place: str, text: str) -> float:

@@ -88,7 +88,7 @@ def reduced(luma: Plane) -> Plane:
 def block_mean(values: npt.NDArray[np.generic]) -> Array:
     """Mean of each block; for uint8 input the means are rounded to whole levels."""
     rows, columns = values.shape
-    means = cv2.resize(values, (columns // BLOCK, rows // BLOCK), interpolation=cv2.INTER_AREA)  # type: ignore[call-overload]
+    means = cv2.resize(values, (columns // BLOCK, rows // BLOCK), interpolation=cv2.INTER_AREA)
     return np.asarray(means, dtype=np.float32)
 
 

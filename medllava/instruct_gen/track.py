@@ -50,7 +50,8 @@ class Appearance:
         """Log-likelihood ratio of being the cursor against being any other spot."""
         z = (looks - self.centre) / self.spread
         other = (looks - self.other_centre) / self.other_spread
-        ratio = np.minimum(other * other, 12) / 2 - np.minimum(z * z, FARTHEST) / 2 + np.log(self.other_spread / self.spread)
+        ratio = (np.minimum(other * other, 12) - np.minimum(z * z, FARTHEST)) / 2
+        ratio += np.log(self.other_spread / self.spread)
         return np.asarray(np.clip(1.0 + 0.45 * ratio.sum(1), -6, 5), np.float32)
 
 
@@ -123,7 +124,8 @@ def learn_appearance(windows: Sequence[Spots]) -> Appearance | None:
         before, after = np.diff(xy, axis=0)[:-1], np.diff(xy, axis=0)[1:]
         step_b, step_a = np.hypot(*before.T), np.hypot(*after.T)
         near = (t_s[2:] - t_s[:-2]) < 0.5
-        steady = near & (spots.moving[path[1:-1]] > 0.5) & (step_b > 1.5) & (step_a > 1.5) & (step_b < 40) & (step_a < 40)
+        steady = near & (spots.moving[path[1:-1]] > 0.5)
+        steady &= (np.minimum(step_b, step_a) > 1.5) & (np.maximum(step_b, step_a) < 40)
         steady &= np.hypot(*(after - before).T) < 1.2 * np.maximum(step_a, step_b)
         moving.append(spots.looks[path[1:-1][steady]])
         others.append(np.delete(spots.looks, path, 0))

@@ -205,9 +205,8 @@ def _shrunk(plane: Plane, width: int, height: int, reduction: int) -> Plane:
 
 def _duration_s(container: Any, stream: Any) -> float:
     """Length as the file's header gives it; 0 if it gives none."""
-    if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
-    return float(container.duration or 0) / av.time_base
+    length_s = container.duration / av.time_base if container.duration else 0.0
+    return float(stream.duration * stream.time_base if stream.duration is not None else length_s)
 
 
 def _reason(error: Exception) -> str:

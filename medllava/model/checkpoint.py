@@ -13,6 +13,7 @@ Which one is read from the files; the folder's name means nothing.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -223,7 +224,8 @@ def write_folder(path: Path, write: Callable[[Path], None], last: tuple[str, ...
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
-        write(temporary)
+        with full_disk_told(path):
+            write(temporary)
         mask = _umask()
         for file in temporary.iterdir():
             file.chmod(0o666 & ~mask)  # the libraries leave weights readable by their owner alone
@@ -239,6 +241,19 @@ def write_folder(path: Path, write: Callable[[Path], None], last: tuple[str, ...
             file.replace(path / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Turn the libraries' own words for a full disk into the OSError that it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if "os error 28" in str(error) or "unexpected pos" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 def _umask() -> int:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from medllava.errors import CheckpointError, MedllavaError
 from medllava.jsonl import atomic_write
+from medllava.model.checkpoint import full_disk_told
 from medllava.train.config import Optim
 from medllava.train.plots import LOG_FILE, Journal, plot_loss
 
@@ -191,7 +192,7 @@ def _save(path: Path, step: int, parameters: dict[str, nn.Parameter], optimizer:
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    with atomic_write(path, "wb") as file:
+    with full_disk_told(path), atomic_write(path, "wb") as file:
         torch.save(state, file)
 
 

@@ -52,7 +52,7 @@ def plot_loss(log_file: Path, picture: Path, title: str) -> None:
 
 class Journal:
     """The run's log: rows in ``train_log.jsonl`` and, if the package is there, TensorBoard. A resumed run first drops
-    what was logged after ``start``, the step it resumes from. ``enabled`` is false in all processes but the main one."""
+    what was logged after ``start``, the step it resumes from. ``enabled``: false in all processes but the main one."""
 
     def __init__(self, out: Path, start: int, *, enabled: bool) -> None:
         self._out = out

@@ -175,7 +175,8 @@ def _fit_all(
 def _write_part(module: Any, file: Path) -> None:
     """Keep a finished part of stage 0; its training state is no longer needed."""
     temporary = file.with_suffix(".part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, temporary)
+    with checkpoint.full_disk_told(file):
+        save_file({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}, temporary)
     temporary.replace(file)
     (file.parent / STATE_FILE).unlink(missing_ok=True)
 

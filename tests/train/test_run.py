@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from medllava.conversation import Turn
-from medllava.errors import ConfigError, DataError, MedllavaError
+from medllava.errors import ConfigError, DataError, MedllavaError, run_cli
 from medllava.jsonl import read_rows
 from medllava.model import checkpoint
 from medllava.model.answerer import Answerer
@@ -232,6 +233,28 @@ def test_training_lowers_the_loss(data: Any, stage1: Path, tmp_path: Path) -> No
     assert train("stage2", data, tmp_path / "out", stage1, *extra) == 0
     found = losses(tmp_path / "out")
     assert sum(found[-10:]) < 0.6 * sum(found[:10])
+
+
+@pytest.mark.parametrize(("failing", "said"), [
+    ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 390144 vs 390032")),
+    ("safetensors.torch.save_file", SafetensorError("Error while serializing: I/O error: No space left (os error 28)")),
+])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+    data: Any, stage1: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, failing: str, said: Exception
+) -> None:
+    settings = ["optim.steps=4", "lora.r=2", "save_every=2"]
+    out = tmp_path / "out"
+
+    def full(*_: object, **__: object) -> None:
+        raise said
+
+    with monkeypatch.context() as patched:
+        patched.setattr(failing, full)
+        assert run_cli(lambda: train("stage2", data, out, stage1, *settings)) == 1
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert not (out / "medllava.json").exists()
+    assert not list(tmp_path.rglob("*.part"))
+    assert train("stage2", data, out, stage1, *settings, "--resume") == 0
 
 
 def test_plan_writes_nothing(data: Any, stage0: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -150,9 +150,9 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
     async def all_states() -> list[WorkerState]:
         return list(await asyncio.gather(*(worker.state() for worker in workers)))
 
-    def unchanged(count: int, title: str, why: str) -> tuple[Any, ...]:
+    def unchanged(count: int, why: str) -> tuple[Any, ...]:
         """Tell what is wrong in a note of its own, and leave the page as it is (gr.Error would blank it)."""
-        gr.Warning(why, title=title)
+        gr.Warning(why)
         return (gr.skip(),) * count
 
     def show_picture(session: Session, source: str | Path) -> tuple[Any, ...]:
@@ -160,7 +160,7 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
             picture = open_picture(source)
         except DataError as error:
             why = str(error).removeprefix("image data URI: ")
-            return unchanged(4, "Bad image", f"This picture cannot be opened: {why}")
+            return unchanged(4, f"This picture cannot be opened: {why}")
         session.open(picture)
         viewer = gr.HTML(value=None, src=picture.uri, size=list(picture.image.size), boxes=[])
         return session, viewer, session.shown, ""
@@ -170,25 +170,25 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
 
     def too_large(event: gr.EventData) -> None:
         why = f"{event.megabytes} MB is too much for one picture. Cut a field of view out of the slide and open that."
-        unchanged(0, "Image too large", why)
+        unchanged(0, why)
 
     def open_example(session: Session, event: gr.EventData) -> tuple[Any, ...]:
         number = int(event.number)
         if not 0 <= number < len(examples):
-            return unchanged(4, "No such example", f"There are {len(examples)} examples.")
+            return unchanged(4, f"There are {len(examples)} examples.")
         return show_picture(session, examples[number])
 
     async def answer(session: Session, text: str, marked: Any, url: str) -> AsyncIterator[tuple[Any, ...]]:
         """Streams: the messages, the viewer, the drawn answer, the text field."""
         if session.answering:
-            yield unchanged(4, "Still answering", "Wait for the answer or press Stop, then ask again.")
+            yield unchanged(4, "Still answering: wait for it or press Stop, then ask again.")
             return
         region = region_of(marked)
         if not text.strip() and region is None:
-            yield unchanged(4, "No question", "Type a question, or mark a region and ask.")
+            yield unchanged(4, "Type a question, or mark a region and ask.")
             return
         if region is None and mentions_region(text) and not parse_boxes(text):
-            yield unchanged(4, "Which region?", "Draw a box on the image or click a point first.")
+            yield unchanged(4, "Draw a box on the image or click a point first.")
             return
         question = Turn(role="user", text=with_region(text, region))
         turns, shown, picture = session.turns, session.shown, session.picture
@@ -216,7 +216,8 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
         if not said:
             shown[-1]["content"] = "*(an empty answer)*"
         boxes = parse_boxes(said)
-        drawn = drawn_answer(picture, boxes) if picture else ""
+        # In a thread: on a large picture this takes a second, in which the other pages would stand still.
+        drawn = await asyncio.to_thread(drawn_answer, picture, boxes) if picture else ""
         yield shown, gr.HTML(boxes=[list(box.as_tuple()) for box in boxes]), drawn, gr.skip()
 
     def stopped(session: Session) -> list[dict[str, str]]:
@@ -256,8 +257,9 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
                     elem_id="model",
                 )
                 chat = gr.Chatbot(
-                    show_label=False, height="calc(100vh - 410px)", min_height=260, elem_id="chat", buttons=["copy_all"], feedback_options=None,
-                    latex_delimiters=[], allow_file_downloads=False, layout="bubble",
+                    show_label=False, height="calc(100vh - 410px)", min_height=260, elem_id="chat",
+                    buttons=["copy_all"], feedback_options=None, latex_delimiters=[], allow_file_downloads=False,
+                    layout="bubble",
                     placeholder="**Open an image, draw a box on it or click a point, and ask.**<br>"
                     "Boxes in the answer are drawn on the image.",
                 )

@@ -26,6 +26,7 @@ from pathlib import Path
 import httpx
 
 from medllava.errors import ConfigError, DataError, MissingExtraError, ServiceError, run_cli
+from medllava.images import load_image
 
 EXAMPLE_TYPES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
 QUESTIONS = (
@@ -86,12 +87,21 @@ def read_logins(path: Path | None) -> list[tuple[str, str]] | None:
 
 
 def find_examples(folder: Path | None) -> list[Path]:
-    """The pictures of a folder by name. Raises DataError if it is no folder or one of them cannot be opened."""
+    """The pictures of a folder, by name; what cannot be opened is named and left out. Raises DataError if there is no
+    such folder."""
     if folder is None:
         return []
     if not folder.is_dir():
         raise DataError(f"--examples {folder}: no such folder")
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXAMPLE_TYPES)
+    examples = []
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in EXAMPLE_TYPES):
+        try:
+            load_image(path)
+        except DataError as error:
+            print(f"warning: example left out: {error}", file=sys.stderr)
+        else:
+            examples.append(path)
+    return examples
 
 
 def free_port(host: str, port: int) -> int:

@@ -16,6 +16,10 @@ import httpx
 import pytest
 import uvicorn
 from PIL import Image, ImageDraw
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
 from medllava.conversation import Turn
 from medllava.errors import PromptTooLong
@@ -37,6 +41,7 @@ class ScriptedAnswerer:
 
     model_id: str = "scripted"
     num_image_tokens: int = 16
+    think_s: float = 2.0
     asked: list[tuple[list[Image.Image], list[Turn], dict[str, Any]]] = field(default_factory=list)
     stopped_at: list[float] = field(default_factory=list)
     """Times at which a generation was closed before its end."""
@@ -61,7 +66,7 @@ class ScriptedAnswerer:
         if "divide by zero" in question:
             raise ZeroDivisionError(question)
         if "think first" in question:
-            time.sleep(7)
+            time.sleep(self.think_s)
         words = re.findall(r"\S+\s*", self.reply(question))
         prompt_tokens = sum(len(turn.text.split()) for turn in turns) + len(images) * self.num_image_tokens
         said = words[:max_new_tokens]
@@ -98,29 +103,19 @@ StartWorker = Callable[..., RunningWorker]
 
 @pytest.fixture
 def start_worker() -> Iterator[StartWorker]:
-    """Start workers with a scripted model; ``load_s`` delays the loading, other arguments go to ``create_app``."""
+    """Start workers with a scripted model. ``load_s`` delays the loading, ``load`` brings another model, the other
+    arguments go to ``create_app``."""
     stops: list[Callable[[], None]] = []
 
-    def start(*, load_s: float = 0.0, port: int = 0, **options: Any) -> RunningWorker:
+    def start(*, load: Callable[[], Any] | None = None, load_s: float = 0.0, **options: Any) -> RunningWorker:
         model = ScriptedAnswerer()
 
-        def load() -> ScriptedAnswerer:
+        def load_scripted() -> ScriptedAnswerer:
             time.sleep(load_s)
             return model
 
-        listener = socket.create_server(("127.0.0.1", port))
-        app = create_app(load, **options)  # type: ignore[arg-type]
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-
-        def stop() -> None:
-            server.should_exit = True
-            thread.join(10)
-            listener.close()
-
+        url, stop = serve_in_thread(create_app(load or load_scripted, **options))
         stops.append(stop)
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         if not load_s:
             wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
         return RunningWorker(url, model, stop)
@@ -133,6 +128,48 @@ def start_worker() -> Iterator[StartWorker]:
 @pytest.fixture
 def worker(start_worker: StartWorker) -> RunningWorker:
     return start_worker(limits=Limits(max_image_mb=1, max_waiting=1))
+
+
+@pytest.fixture
+def proxy() -> Iterator[Callable[[str], str]]:
+    """A reverse proxy that serves another address under /chat, cutting that prefix off, as nginx is often set up."""
+    stops: list[Callable[[], None]] = []
+
+    def start(target: str) -> str:
+        client = httpx.AsyncClient(base_url=target, timeout=None)
+
+        async def forward(request: Request) -> StreamingResponse:
+            path = request.url.path.removeprefix("/chat") or "/"
+            url = f"{path}?{request.url.query}" if request.url.query else path
+            sent = client.build_request(
+                request.method, url, headers=list(request.headers.items()), content=await request.body()
+            )
+            reply = await client.send(sent, stream=True)
+            headers = {name: value for name, value in reply.headers.items() if name != "transfer-encoding"}
+            return StreamingResponse(reply.aiter_raw(), reply.status_code, headers)
+
+        url, stop = serve_in_thread(Starlette(routes=[Route("/chat{rest:path}", forward, methods=["GET", "POST"])]))
+        stops.append(stop)
+        return url
+
+    yield start
+    for stop in stops:
+        stop()
+
+
+def serve_in_thread(app: Any) -> tuple[str, Callable[[], None]]:
+    """Serve an ASGI application on a free port; returns its address and how to stop it."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+
+    return f"http://127.0.0.1:{listener.getsockname()[1]}", stop
 
 
 @pytest.fixture

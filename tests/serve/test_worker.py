@@ -279,7 +279,6 @@ def test_a_slow_first_token_gets_a_heartbeat_and_its_answer(
 ) -> None:
     monkeypatch.setattr("medllava.serve.app.FIRST_PIECE_S", 0.3)
     monkeypatch.setattr("medllava.serve.app.HEARTBEAT_S", 0.3)
-    monkeypatch.setattr("time.sleep", lambda seconds, nap=time.sleep: nap(min(seconds, 1.5)))
     body = {"model": "scripted", "stream": True, "messages": [{"role": "user", "content": "think first"}]}
     text = httpx.post(f"{worker.url}/v1/chat/completions", json=body, timeout=20).text
     assert text.count(": still at work") >= 2

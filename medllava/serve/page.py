@@ -231,6 +231,10 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
         session.forget()
         return session, session.shown, gr.HTML(value=None, boxes=[]), "", ""
 
+    def leave(request: gr.Request) -> None:
+        # Gradio would keep a closed page's state, picture included, for an hour.
+        page.state_holder.session_data.pop(request.session_hash, None)
+
     async def refresh(url: str) -> tuple[Any, ...]:
         states = await all_states()
         alive = [state for state in states if state.status != "unreachable"] or states
@@ -289,6 +293,7 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
             event(clear, session, [session, chat, viewer, drawn, text], cancels=running, **private)
         gr.Timer(STATUS_S).tick(refresh, choice, [head, choice], queue=False, **private)
         page.load(refresh, choice, [head, choice], **private)
+        page.unload(leave)
     return page
 
 

@@ -1,11 +1,15 @@
 """The web chat in a real browser: headless Chromium, driven with the mouse and the keyboard.
 
-MEDLLAVA_SCREENSHOT=docs/web-chat.png also saves the picture that the README shows.
+MEDLLAVA_SCREENSHOT=FILE saves a picture of the page with the scripted model, or with a trained one if
+MEDLLAVA_SCREENSHOT_MODEL names its folder, as the README shows it:
+
+    MEDLLAVA_SCREENSHOT=docs/web-chat.png MEDLLAVA_SCREENSHOT_MODEL=demo-out/stage2 pytest tests/serve -k picture_for
 """
 
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import os
 import re
@@ -24,7 +28,7 @@ from medllava.images import draw_boxes, load_image, to_data_uri
 from medllava.model.answerer import Answerer
 from medllava.phantom.tissue import Finding, render_tissue, sample_field, sample_stain
 from medllava.serve.client import Worker
-from medllava.serve.page import build, launch
+from medllava.serve.page import Picture, build, launch
 from medllava.serve.web import QUESTIONS, free_port
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
@@ -185,7 +189,7 @@ def test_open_draw_ask_and_see_the_answer_drawn(
     meant = [left + 0.1 * 1200 * scale, left + 0.4 * 1200 * scale, top + 0.6 * 600 * scale]
     assert np.allclose(box_on_page, meant, atol=3)
 
-    if os.environ.get("MEDLLAVA_SCREENSHOT"):
+    if "MEDLLAVA_SCREENSHOT" in os.environ and "MEDLLAVA_SCREENSHOT_MODEL" not in os.environ:
         tab.mouse.move(5, 5)
         tab.screenshot(path=os.environ["MEDLLAVA_SCREENSHOT"])
 
@@ -367,6 +371,43 @@ def test_nothing_of_a_chat_is_left_behind(
     buffer = io.BytesIO()
     sent.save(buffer, "PNG")
     assert sent.info == {} and b"4711" not in buffer.getvalue()
+
+
+def test_a_closed_page_is_forgotten(worker: Any, serve: Serve, browser: Browser, tissue: Path, wait: Wait) -> None:
+    def pictures() -> int:
+        gc.collect()
+        return sum(type(thing) is Picture for thing in gc.get_objects())
+
+    before = pictures()
+    tab = browser.new_page()
+    tab.goto(serve(worker.url))
+    open_image(tab, tissue)
+    ask(tab, "Where is the gland?")
+    expect(tab.locator("#drawn li")).to_have_count(1)
+    assert pictures() == before + 1
+    tab.close()
+    wait(lambda: pictures() == before)
+
+
+@pytest.mark.skipif("MEDLLAVA_SCREENSHOT_MODEL" not in os.environ, reason="for the README: names a trained checkpoint")
+def test_picture_for_the_readme(
+    start_worker: Any, serve: Serve, tab: Page, tissue: Path, examples: tuple[Path, ...], tmp_path: Path
+) -> None:
+    """Saves the page with what a trained model answers to MEDLLAVA_SCREENSHOT; asserts nothing of the answers."""
+    model = Answerer.load(os.environ["MEDLLAVA_SCREENSHOT_MODEL"])
+    tab.goto(serve(start_worker(load=lambda: model).url, examples=examples))
+    open_image(tab, tissue)
+    x, y, scale = shown_picture(tab, 1200, 600)
+    drag(tab, (x + 690 * scale, y + 140 * scale), (x + 1050 * scale, y + 400 * scale))
+    for number, question in enumerate(("What is in this region?", "Where is the gland?", "Mark the gland."), start=1):
+        ask(tab, question)
+        expect(tab.locator("#chat .message.bot")).to_have_count(number)
+        expect(last_answer(tab)).not_to_have_text("…")
+        tab.wait_for_timeout(1500)
+        if number == 1:
+            tab.click("#viewer .whole")
+    tab.mouse.move(5, 5)
+    tab.screenshot(path=os.environ["MEDLLAVA_SCREENSHOT"])
 
 
 def holding(signs: list[bytes], paths: set[Path]) -> list[Path]:

@@ -35,8 +35,8 @@ RESTING = 0.012
 DELIBERATE = 1.2
 """Path length of a gesture over the diagonal of its extent; a straight way from here to there has 1."""
 
-SHORTEST_PATH = 0.02
-"""Path length, in image diagonals, below which nothing was shown."""
+SHORTEST_PATH, SMALLEST_EXTENT = 0.02, 0.007
+"""Path length and extent, in image diagonals, below which nothing was shown."""
 
 PAD = 0.09
 """Share of the gesture's extent by which its box is widened on each side."""
@@ -103,7 +103,7 @@ def _is_deliberate(xy: Floats) -> bool:
     way = np.array(kept)
     path = float(np.hypot(*np.diff(way, axis=0).T).sum()) if len(way) > 1 else 0.0
     extent = float(np.hypot(*np.ptp(xy, axis=0)))
-    return path >= SHORTEST_PATH and path >= DELIBERATE * extent
+    return path >= SHORTEST_PATH and extent >= SMALLEST_EXTENT and path >= DELIBERATE * extent
 
 
 def _wanders(t_s: Floats, xy: Floats) -> bool:

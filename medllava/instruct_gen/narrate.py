@@ -14,11 +14,11 @@ Example:
 from __future__ import annotations
 
 import argparse
-import logging
 import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,6 @@ ENDINGS = frozenset(
     {".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"}
 )
 """Files taken for videos in a folder."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,12 +71,10 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(f"no video could be used: {first}{more}")
     counts = _assemble(args.out, done)
     _write_failures(args.out, failures)
-    # The end of a long run is read by people: say what came of it.
-    log_line = (
+    print(
         f"{len(done)} of {len(tasks)} videos: {counts['narratives']} narratives,"
         f" {counts['phrases']} phrases, {counts['boxes']} with a box -> {args.out}"
     )
-    print(log_line)
     if failures:
         print(f"warning: {len(failures)} of {len(tasks)} videos failed, see {args.out / 'failed.jsonl'}")
         for reason in list(failures.values())[:5]:
@@ -119,6 +115,11 @@ def _work(tasks: list[Task], workers: int) -> Iterator[tuple[str, str]]:
                     for future in as_completed(names):
                         reasons[names[future]] = future.result()
                         progress.update()
+                except BrokenProcessPool as error:
+                    raise ConfigError(
+                        f"a worker process was ended from outside (out of memory?); finished videos are kept: run the"
+                        f" same command again with fewer than --workers {workers}"
+                    ) from error
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
@@ -131,9 +132,14 @@ def narrate_one(task: Task) -> str | None:
     """Work on one video unless its result is there already. Returns the reason if it cannot be used."""
     from medllava.instruct_gen.narrator import fingerprint, narrate
     from medllava.instruct_gen.speech import find_transcript
+    from medllava.instruct_gen.video import VideoReader
 
     try:
-        transcript = find_transcript(task.video, task.transcripts)
+        try:
+            transcript = find_transcript(task.video, task.transcripts)
+        except DataError:
+            VideoReader(task.video)  # Of a damaged video without a transcript, the damage is what to hear of.
+            raise
         stamp = fingerprint(task.video, transcript)
         if _is_done(task, stamp):
             return None

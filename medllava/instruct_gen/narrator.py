@@ -60,11 +60,17 @@ def narrate(video: Path, transcript: Path, out: Path) -> Result:
     utterances = read_transcript(transcript, reader.video.duration_s)
     finder = SpotFinder()
     chunks: list[_Chunk] = []
-    for _, run in groupby(stable_runs(reader.frames()), key=lambda pair: pair[0]):
-        identity = f"{video.stem}-{len(chunks):03d}"
-        chunk = _measure((frame for _, frame in run), reader, finder, identity, out)
-        if chunk is not None:
-            chunks.append(chunk)
+    try:
+        for _, run in groupby(stable_runs(reader.frames()), key=lambda pair: pair[0]):
+            identity = f"{video.stem}-{len(chunks):03d}"
+            chunk = _measure((frame for _, frame in run), reader, finder, identity, out)
+            if chunk is not None:
+                chunks.append(chunk)
+    except BaseException:
+        # A video that fails half-way (damaged, disk full, Ctrl-C) leaves no pictures behind.
+        for chunk in chunks:
+            (out / chunk.image).unlink(missing_ok=True)
+        raise
     spots = [finder.outside_zone(window) for chunk in chunks for window in chunk.windows]
     appearance = learn_appearance(spots)
     offset = hot_spot(finder.patches.items, appearance) if appearance is not None else np.zeros(2, np.float32)

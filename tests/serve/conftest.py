@@ -59,14 +59,14 @@ class ScriptedAnswerer:
     ) -> Generator[str, None, Completion]:
         question = turns[-1].text
         self.asked.append((list(images), list(turns), {"max_new_tokens": max_new_tokens, **options}))
+        if "think first" in question:
+            time.sleep(self.think_s)
         if "too much memory" in question:
             raise OutOfMemoryError("CUDA out of memory")
         if "too many words" in question:
             raise PromptTooLong("the question needs 9000 tokens; the model holds 4096: shorten it")
         if "divide by zero" in question:
             raise ZeroDivisionError(question)
-        if "think first" in question:
-            time.sleep(self.think_s)
         words = re.findall(r"\S+\s*", self.reply(question))
         prompt_tokens = sum(len(turn.text.split()) for turn in turns) + len(images) * self.num_image_tokens
         said = words[:max_new_tokens]

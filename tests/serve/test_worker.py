@@ -200,9 +200,12 @@ def test_faults_of_the_model(worker: Any, text: str, status: int, code: str, why
     assert "A gland" in ask(worker, [{"role": "user", "content": "and now?"}]).choices[0].message.content
 
 
-def test_a_late_fault_ends_the_stream_with_its_reason(worker: Any) -> None:
+def test_a_late_fault_ends_the_stream_with_its_reason(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medllava.serve.app.FIRST_PIECE_S", 0.3)
+    stream = ask(worker, [{"role": "user", "content": "think first, then too much memory"}], stream=True)
+    assert stream.response.status_code == 200  # the response has begun; the fault can only come in the stream
     with pytest.raises(openai.APIError, match="--load-4bit"):
-        list(ask(worker, [{"role": "user", "content": "too much memory"}], stream=True))
+        list(stream)
 
 
 def test_keys(start_worker: Any) -> None:

@@ -246,36 +246,38 @@ def _describe(
     if len(index) == 0:
         return np.zeros((0, 2), np.float32), np.zeros((0, LOOKS), np.float32), np.zeros(0, np.float32)
     height, width = maps[0].shape[1:]
-    steps = np.arange(-REACH, REACH + 1, dtype=np.int32)
+    steps = np.arange(-REACH, REACH + 1)
+    nearest = np.rint(centres).astype(np.int32)
+    rows, columns = nearest[:, 1, None] + steps, nearest[:, 0, None] + steps
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    place = rows.clip(0, height - 1)[:, :, None] * width + columns.clip(0, width - 1)[:, None, :]
+    at = place + index[:, None, None] * (height * width)
+    still, fresh = (np.take(plane, at) * inside for plane in maps)
+    whole = np.where(kind[:, None, None] == 1, fresh, still).astype(np.float32)
+    dx = dy = np.zeros(len(index), np.float32)
     for reach in (REACH, REACH - 2):
-        nearest = np.rint(centres).astype(np.int32)
-        rows, columns = nearest[:, 1, None] + steps, nearest[:, 0, None] + steps
-        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-        at = index[:, None, None], rows.clip(0, height - 1)[:, :, None], columns.clip(0, width - 1)[:, None, :]
-        still, fresh = maps[0][at], maps[1][at]
-        weights = np.where(kind[:, None, None] == 1, fresh, still) * inside.astype(np.float32)
-        near = (np.abs(steps) <= reach).astype(np.float32)
-        weights *= near[:, None] * near
+        near_x, near_y = np.abs(steps - dx[:, None]) <= reach, np.abs(steps - dy[:, None]) <= reach
+        weights = whole * (near_y[:, :, None] & near_x[:, None, :])
         # Only what stands out as the spot's own core does counts, not the noise around it.
         weights = np.maximum(weights - 0.25 * weights.max((1, 2), keepdims=True), 0)
         total = weights.sum((1, 2)) + 1e-3
         dx, dy = weights.sum(1) @ steps / total, weights.sum(2) @ steps / total
-        centres = (nearest + np.stack([dx, dy], 1)).astype(np.float32)
+    centres = nearest + np.stack([dx, dy], 1)
     # Looks are taken from the difference to the background, whichever map showed the spot, and from near its core only.
     square = (weights.sum(1) @ steps**2 + weights.sum(2) @ steps**2) / total - dx**2 - dy**2
     core = (2 * np.sqrt(np.maximum(square, 0)) + 1.5) ** 2
-    away = (steps[:, None] - dy[:, None, None]) ** 2 + (steps - dx[:, None, None]) ** 2
-    body = np.where(away <= core[:, None, None], np.maximum(still, fresh), 0) * inside.astype(np.float32)
+    away = ((steps - dy[:, None]) ** 2)[:, :, None] + ((steps - dx[:, None]) ** 2)[:, None, :]
+    body = np.maximum(still, fresh) * (away <= core[:, None, None]).astype(np.float32)
     body = np.maximum(body - 0.25 * body.max((1, 2), keepdims=True), 0)
     mass = body.sum((1, 2)) + 1e-3
-    looks = [np.log(mass), np.sqrt((body * away).sum((1, 2)) / mass)]
+    looks = [np.log(mass), np.sqrt(np.einsum("nij,nij->n", body, away) / mass)]
     for stack, base in (
-        (np.stack([_halved(f.y) for f in frames]), _halved(background.y)),
-        (np.stack([f.u for f in frames]), background.u),
-        (np.stack([f.v for f in frames]), background.v),
+        ([_halved(f.y) for f in frames], _halved(background.y)),
+        ([f.u for f in frames], background.u),
+        ([f.v for f in frames], background.v),
     ):
-        colour = (stack[at] * body).sum((1, 2)) / mass
-        behind = (base[at[1:]] * body).sum((1, 2)) / mass
+        colour = np.einsum("nij,nij->n", np.take(np.stack(stack), at).astype(np.float32), body) / mass
+        behind = np.einsum("nij,nij->n", np.take(base, place).astype(np.float32), body) / mass
         looks.extend((colour, colour - behind))
     moving = np.minimum(fresh, weights).sum((1, 2)) / total
     # A chroma pixel's centre lies between two luma pixels.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,10 @@ def _measure(
     for frame in frames:
         start_s = frame.t_s if start_s < 0 else start_s
         end_s = frame.t_s
-        sources.add(frame.source)
-        held.append(frame)
+        if frame.source is not None:
+            sources.add(frame.source)
+        # A window's frames are worked on reduced: their full-size pictures would take most of the memory.
+        held.append(replace(frame, source=None))
         if len(held) == WINDOW:
             background = Background.of(held)
             if first is None and not is_tissue(background):

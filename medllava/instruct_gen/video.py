@@ -45,14 +45,14 @@ CUT_SHORT_S = 1.5
 class Frame:
     """One sampled frame. ``y`` is luma reduced to about 360 lines, ``u`` and ``v`` half as large; all are upright.
 
-    ``source`` is the decoded frame, full size, not yet rotated.
+    ``source`` is the decoded frame, full size, not yet rotated; None once it has been let go of to save memory.
     """
 
     t_s: float
     y: Plane
     u: Plane
     v: Plane
-    source: av.VideoFrame
+    source: av.VideoFrame | None
 
 
 class VideoReader:

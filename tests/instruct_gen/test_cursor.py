@@ -67,7 +67,7 @@ def scene(style: str, seconds: float = 10, seed: int = 0, size: float = 1.0) -> 
                 cv2.line(luma, (x - 7, y), (x + 7, y), 15, 1)
                 cv2.line(luma, (x, y - 7), (x, y + 7), 15, 1)
         planes = (np.clip(p, 0, 255).astype(np.uint8) for p in (luma, cb, cr))
-        frames.append(Frame(t, *planes, source=None))  # type: ignore[arg-type]
+        frames.append(Frame(t, *planes, source=None))
         truth.append(place)
     return frames, truth
 

@@ -13,7 +13,7 @@ CHROMA = np.full((90, 160), 128, np.uint8)
 
 
 def frame(t_s: float, luma: np.ndarray) -> Frame:
-    return Frame(t_s, np.clip(luma, 0, 255).astype(np.uint8), CHROMA, CHROMA, source=None)  # type: ignore[arg-type]
+    return Frame(t_s, np.clip(luma, 0, 255).astype(np.uint8), CHROMA, CHROMA, source=None)
 
 
 def field(seed: int) -> np.ndarray:

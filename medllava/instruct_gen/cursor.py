@@ -8,7 +8,7 @@ the spots is the cursor is decided later, over time (:mod:`medllava.instruct_gen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -82,9 +82,9 @@ class Background:
 
 @dataclass(frozen=True)
 class Spots:
-    """Spots of a window's frames, one row each.
+    """Spots of successive frames, one row each.
 
-    ``frame``: index of the frame; ``t_s``; ``xy``: place in pixels of the working luma, n x 2; ``looks``: n x 8: log of
+    ``frame``: number of the frame; ``t_s``; ``xy``: place in pixels of the working luma, n x 2; ``looks``: n x 8: log of
     the summed difference, rms radius (chroma pixels), then y, u, v, each as it is and against the background;
     ``moving`` 0..1: how much of the spot is new against the frames shortly before *and* shortly after.
     """
@@ -96,6 +96,7 @@ class Spots:
     moving: Floats
 
     def only(self, rows: npt.NDArray[np.bool_]) -> Spots:
+        """Those rows."""
         return Spots(self.frame[rows], self.t_s[rows], self.xy[rows], self.looks[rows], self.moving[rows])
 
 
@@ -108,6 +109,12 @@ def _noise(stack: Sequence[Plane], floor: float) -> Plane:
     usual = pixel_ranks(steps, [int(NOISE_RANK * len(steps))])[0].astype(np.float32)
     usual = np.maximum(usual, cv2.blur(usual, (5, 5)))
     return np.asarray(np.minimum(NOISE_FACTOR * usual + floor, 40), np.uint8)
+
+
+def joined(parts: Sequence[Spots]) -> Spots:
+    """Spots of successive windows as one."""
+    fields = ((p.frame, p.t_s, p.xy, p.looks, p.moving) for p in parts)
+    return Spots(*(np.concatenate(field) for field in zip(*fields, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -128,12 +135,17 @@ class SpotFinder:
         self._spans = 0
         self._active: npt.NDArray[np.uint16] | None = None
 
-    def find(self, frames: Sequence[Frame], background: Background) -> Spots:
+    def find(self, frames: Sequence[Frame], background: Background, only: range, first: int) -> Spots:
+        """Spots of the frames ``only`` (indices in ``frames``; the others are context); ``frames[0]`` counts as ``first``.
+
+        Also learns from them where something changes all the time.
+        """
         zone = self.zone()
-        still = np.stack([background.difference(frame, background) for frame in frames])
-        fresh = _fresh(frames, background)
+        still = np.stack([background.difference(frames[i], background) for i in only])
+        fresh = _fresh(frames, background, only, still)
         cells = [_cells(difference) for difference in still]
-        self._learn_zones(frames, cells)
+        shown = [frames[i] for i in only]
+        self._learn_zones(shown, cells)
         rows: list[tuple[int, int, float, float]] = []
         for number, cell in enumerate(cells):
             moving = _blobs(_cells(fresh[number]), zone)
@@ -142,10 +154,10 @@ class SpotFinder:
             rows.extend((number, 0, x, y) for x, y in resting)
         place = np.array(rows, dtype=np.float32).reshape(-1, 4)
         index, kind = place[:, 0].astype(np.int32), place[:, 1].astype(np.int32)
-        t_s = np.array([frames[i].t_s for i in index], np.float32)
-        spots = Spots(index, t_s, *_describe(frames, background, (still, fresh), index, kind, place[:, 2:]))
-        self._keep_patches(frames, background, spots)
-        return spots
+        t_s = np.array([shown[i].t_s for i in index], np.float32)
+        spots = Spots(index, t_s, *_describe(shown, background, (still, fresh), index, kind, place[:, 2:]))
+        self._keep_patches(shown, background, spots)
+        return replace(spots, frame=index + np.int32(first + only.start))
 
     def outside_zone(self, spots: Spots) -> Spots:
         """The spots that do not lie where something changes all the time, as far as is known by now."""
@@ -194,15 +206,15 @@ class SpotFinder:
                 start_s = frame.t_s
 
 
-def _fresh(frames: Sequence[Frame], background: Background) -> Plane:
-    """For each frame, what was not there shortly before nor is there shortly after: n x chroma size."""
-    count = len(frames)
-    steps = [background.difference(frames[i], frames[i - LAG]) for i in range(LAG, count)]
-    # A window's first and last frames can only be compared with one side.
-    sides = [(max(0, min(i - LAG, len(steps) - 1)), min(i, len(steps) - 1)) for i in range(count)]
-    if not steps:
-        return np.zeros((count, *background.u.shape), np.uint8)
-    return np.stack([np.asarray(cv2.min(steps[a], steps[b]), np.uint8) for a, b in sides])
+def _fresh(frames: Sequence[Frame], background: Background, only: range, still: Plane) -> Plane:
+    """For each of the frames ``only``, what was not there shortly before nor is there shortly after."""
+    steps = [background.difference(after, before) for before, after in zip(frames, frames[LAG:], strict=False)]
+    fresh = []
+    for number, i in enumerate(only):
+        before = steps[i - LAG] if i >= LAG else still[number]
+        after = steps[i] if i < len(steps) else still[number]
+        fresh.append(np.asarray(cv2.min(before, after), np.uint8))
+    return np.stack(fresh)
 
 
 def _cells(difference: Plane) -> Plane:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from medllava.instruct_gen.background import Thinned
-from medllava.instruct_gen.cursor import Background, Floats, SpotFinder, Spots
+from medllava.instruct_gen.cursor import LAG, Background, Floats, SpotFinder, Spots, joined
 from medllava.instruct_gen.grounding import ground
 from medllava.instruct_gen.picture import KEPT, Crop, encode_png, find_crop, full_median, is_tissue
 from medllava.instruct_gen.records import GroundedCaption, Narrative, Phrase, TracePoint, Utterance, Video
@@ -50,7 +50,7 @@ class _Chunk:
     end_s: float
     crop: Crop
     image: str
-    windows: list[Spots] = field(default_factory=list)
+    spots: Spots
 
 
 def narrate(video: Path, transcript: Path, out: Path) -> Result:
@@ -71,8 +71,7 @@ def narrate(video: Path, transcript: Path, out: Path) -> Result:
         for chunk in chunks:
             (out / chunk.image).unlink(missing_ok=True)
         raise
-    spots = [finder.outside_zone(window) for chunk in chunks for window in chunk.windows]
-    appearance = learn_appearance(spots)
+    appearance = learn_appearance([finder.outside_zone(chunk.spots) for chunk in chunks])
     offset = hot_spot(finder.patches.items, appearance) if appearance is not None else np.zeros(2, np.float32)
     narratives, captions = [], []
     for number, chunk in enumerate(chunks):
@@ -117,6 +116,7 @@ def _measure(
     sources: Thinned[av.VideoFrame] = Thinned(KEPT)
     windows: list[Spots] = []
     start_s = end_s = -1.0
+    context = seen = 0
     first: Background | None = None
     for frame in frames:
         start_s = frame.t_s if start_s < 0 else start_s
@@ -130,21 +130,24 @@ def _measure(
             if first is None and not is_tissue(background):
                 return None
             first = first or background
-            windows.append(finder.find(held[: WINDOW // 2], background))
-            del held[: WINDOW // 2]
+            windows.append(finder.find(held, background, range(context, WINDOW // 2), seen))
+            # A few frames stay as the next ones' past.
+            gone = WINDOW // 2 - LAG
+            del held[:gone]
+            context, seen = LAG, seen + gone
     if end_s - start_s < SHORTEST_S:
         return None
     background = Background.of(held)
     if first is None and not is_tissue(background):
         return None
-    windows.append(finder.find(held, background))
+    windows.append(finder.find(held, background, range(context, len(held)), seen))
     width, height = reader.video.width, reader.video.height
     x0, y0, x1, y1 = crop = find_crop(background, width, height)
     picture = reader.upright(full_median(sources.items))[y0:y1, x0:x1]
     image = f"frames/{identity}.png"
     with atomic_write(out / image, "wb") as file:
         file.write(encode_png(np.ascontiguousarray(picture)))
-    return _Chunk(start_s, end_s, crop, image, windows)
+    return _Chunk(start_s, end_s, crop, image, joined(windows))
 
 
 def _trace(
@@ -154,21 +157,20 @@ def _trace(
     if appearance is None:
         return []
     x0, y0, x1, y1 = chunk.crop
+    spots = finder.outside_zone(chunk.spots)
+    path = likeliest(spots, appearance)
+    scores = appearance.score(spots.looks[path]) + 2 * spots.moving[path]
+    xy = (spots.xy[path] + offset + 0.5) * reader.reduction
     trace = []
-    for spots in (finder.outside_zone(window) for window in chunk.windows):
-        path = likeliest(spots, appearance)
-        scores = appearance.score(spots.looks[path]) + 2 * spots.moving[path]
-        xy = (spots.xy[path] + offset + 0.5) * reader.reduction
-        for t_s, (x, y), score in zip(spots.t_s[path], xy, scores, strict=True):
-            across, down = (float(x) - x0) / (x1 - x0), (float(y) - y0) / (y1 - y0)
-            if -0.02 <= across <= 1.02 and -0.02 <= down <= 1.02:
-                confidence = round(float(1 / (1 + np.exp(-score))), 3)
-                trace.append(
-                    TracePoint(
-                        t_s=round(float(t_s), 3), x=min(max(across, 0.0), 1.0), y=min(max(down, 0.0), 1.0),
-                        confidence=confidence,
-                    )
+    for t_s, (x, y), score in zip(spots.t_s[path], xy, scores, strict=True):
+        across, down = (float(x) - x0) / (x1 - x0), (float(y) - y0) / (y1 - y0)
+        if -0.02 <= across <= 1.02 and -0.02 <= down <= 1.02:
+            trace.append(
+                TracePoint(
+                    t_s=round(float(t_s), 3), x=min(max(across, 0.0), 1.0), y=min(max(down, 0.0), 1.0),
+                    confidence=round(float(1 / (1 + np.exp(-score))), 3),
                 )
+            )
     return trace
 
 

@@ -112,10 +112,10 @@ def likeliest(spots: Spots, appearance: Appearance | None) -> npt.NDArray[np.int
     return np.array(path[::-1], np.int32)
 
 
-def learn_appearance(windows: Sequence[Spots]) -> Appearance | None:
-    """Looks of what moves steadily through the video's windows; None if nothing does."""
+def learn_appearance(chunks: Sequence[Spots]) -> Appearance | None:
+    """Looks of what moves steadily through the video's chunks; None if nothing does."""
     moving, others = [], []
-    for spots in windows:
+    for spots in chunks:
         path = likeliest(spots, None)
         if len(path) < 3:
             continue

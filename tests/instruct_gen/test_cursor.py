@@ -76,7 +76,7 @@ def scene(style: str, seconds: float = 10, seed: int = 0, size: float = 1.0) -> 
 def test_the_cursor_is_followed_and_its_absence_seen(style):
     frames, truth = scene(style)
     finder = SpotFinder()
-    spots = finder.find(frames, Background.of(frames))
+    spots = finder.find(frames, Background.of(frames), range(len(frames)), 0)
     appearance = learn_appearance([spots])
     assert appearance is not None
     offset = hot_spot(finder.patches.items, appearance)
@@ -96,7 +96,7 @@ def test_only_an_arrow_points_with_its_corner():
     for style in ("arrow", "laser", "crosshair"):
         frames, _ = scene(style)
         finder = SpotFinder()
-        spots = finder.find(frames, Background.of(frames))
+        spots = finder.find(frames, Background.of(frames), range(len(frames)), 0)
         appearance = learn_appearance([spots])
         assert appearance is not None
         offsets[style] = hot_spot(finder.patches.items, appearance)
@@ -107,7 +107,7 @@ def test_only_an_arrow_points_with_its_corner():
 def test_nothing_is_found_where_nothing_moves():
     frames, _ = scene("arrow")
     hidden = frames[60:] * 2
-    spots = SpotFinder().find(hidden, Background.of(hidden))
+    spots = SpotFinder().find(hidden, Background.of(hidden), range(len(hidden)), 0)
     assert learn_appearance([spots]) is None
 
 
@@ -124,7 +124,7 @@ def test_a_talking_head_is_learnt_as_a_zone():
             cv2.ellipse(luma, tuple(map(int, head)), (16, 22), 0, 0, 360, 180, -1)
             cv2.ellipse(luma, (int(head[0]), int(head[1]) + 8), (6, int(rng.integers(1, 6))), 0, 0, 360, 40, -1)
             talking.append(Frame(frame.t_s + 10 * part, luma, frame.u, frame.v, frame.source))
-        spots = finder.find(talking, Background.of(talking))
+        spots = finder.find(talking, Background.of(talking), range(len(talking)), 0)
     zone = finder.zone()
     assert zone is not None
     assert zone[49:58, 68:75].mean() > 200 and zone[:40].mean() < 20

@@ -22,6 +22,9 @@ RESTART = 4.0
 """Cost of a path that goes on at an unrelated place."""
 
 
+OLD, OLD_COST = 2, 2.5
+"""Cost of a path that jumps to what had lain there for more than so many frames."""
+
 FINEST = np.array([0.25, 0.4, 6, 6, 3, 3, 3, 3], np.float32)
 """Smallest spread of looks that is believed."""
 
@@ -73,6 +76,7 @@ def likeliest(spots: Spots, appearance: Appearance | None) -> npt.NDArray[np.int
     looks = spots.looks / scale
     best = np.zeros(count, np.float32)
     back = np.full(count, -1, np.int32)
+    age = np.zeros(count, np.int32)
     starts = np.searchsorted(spots.frame, np.arange(int(spots.frame[-1]) + 2))
     # Being visible from the start is no surprise.
     finished, finished_at = RESTART - 1.0, -1
@@ -92,7 +96,13 @@ def likeliest(spots: Spots, appearance: Appearance | None) -> npt.NDArray[np.int
             )
             unlike = np.minimum(((looks[here, None] - looks[None, before]) ** 2).sum(2), 9.0)
             skipped = frame - spots.frame[before] - 1
+            # What lay there before the cursor could get there is something else.
+            was_there = (distance < 3) & (skipped < 2)
+            age[here] = np.where(was_there, age[before] + 1, 0).max(1)
+            old = OLD_COST * (age[here] > OLD)
+            best[here] -= old
             cost = 1.3 * np.log1p(distance / (6 + 50 * dt)) + 0.3 * unlike + 0.25 * skipped
+            cost += np.where(distance > 15, old[:, None], 0)
             # What stays where it was and as it was goes on being the cursor, unless it looks like none at all.
             stays = (distance < 8) & (unlike < 4) & (gain[here, None] > -2.5)
             via = best[before] - cost + np.where(stays, np.maximum(gain[here, None], 0.2), gain[here, None])

@@ -25,12 +25,15 @@ from medllava.instruct_gen.picture import KEPT, Crop, encode_png, find_crop, ful
 from medllava.instruct_gen.records import GroundedCaption, Narrative, Phrase, TracePoint, Utterance, Video
 from medllava.instruct_gen.speech import read_transcript
 from medllava.instruct_gen.stable import SHORTEST_S, stable_runs
-from medllava.instruct_gen.track import Appearance, hot_spot, learn_appearance, likeliest
+from medllava.instruct_gen.track import Appearance, hot_spot, learn_appearance, likeliest, melted_rests
 from medllava.instruct_gen.video import Frame, VideoReader
 from medllava.jsonl import atomic_write
 
 WINDOW = 160
 """Most frames worked on at once (20 s at eight a second)."""
+
+RESTING = 0.5
+"""Confidence of places that are inferred from where the cursor came to rest."""
 
 
 @dataclass(frozen=True)
@@ -160,15 +163,18 @@ def _trace(
     spots = finder.outside_zone(chunk.spots)
     path = likeliest(spots, appearance)
     scores = appearance.score(spots.looks[path]) + 2 * spots.moving[path]
-    xy = (spots.xy[path] + offset + 0.5) * reader.reduction
+    confidence = 1 / (1 + np.exp(-scores))
+    points = [*zip(spots.t_s[path].tolist(), *spots.xy[path].T.tolist(), confidence.tolist(), strict=True)]
+    points += [(*rest, RESTING) for rest in melted_rests(spots, path, appearance, chunk.start_s, chunk.end_s)]
     trace = []
-    for t_s, (x, y), score in zip(spots.t_s[path], xy, scores, strict=True):
-        across, down = (float(x) - x0) / (x1 - x0), (float(y) - y0) / (y1 - y0)
+    for t_s, x, y, sure in sorted(points):
+        across = ((x + offset[0] + 0.5) * reader.reduction - x0) / (x1 - x0)
+        down = ((y + offset[1] + 0.5) * reader.reduction - y0) / (y1 - y0)
         if -0.02 <= across <= 1.02 and -0.02 <= down <= 1.02:
             trace.append(
                 TracePoint(
-                    t_s=round(float(t_s), 3), x=min(max(across, 0.0), 1.0), y=min(max(down, 0.0), 1.0),
-                    confidence=round(float(1 / (1 + np.exp(-score))), 3),
+                    t_s=round(t_s, 3), x=min(max(float(across), 0.0), 1.0), y=min(max(float(down), 0.0), 1.0),
+                    confidence=round(sure, 3),
                 )
             )
     return trace

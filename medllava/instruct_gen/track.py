@@ -22,6 +22,15 @@ RESTART = 4.0
 """Cost of a path that goes on at an unrelated place."""
 
 
+SHORTEST_REST_S = 0.6
+"""Gaps in a path shorter than this are not looked into."""
+
+NEAR = 35
+"""Distance, in pixels of the working luma, from where a cursor is lost to where it may have come to rest."""
+
+NEGATIVE = 3.0
+"""How opposite to the cursor's (in squared spreads) a spot's difference in colour is where the cursor is missing."""
+
 OLD, OLD_COST = 2, 2.5
 """Cost of a path that jumps to what had lain there for more than so many frames."""
 
@@ -120,6 +129,39 @@ def likeliest(spots: Spots, appearance: Appearance | None) -> npt.NDArray[np.int
         path.append(at)
         at = int(back[at])
     return np.array(path[::-1], np.int32)
+
+
+def melted_rests(
+    spots: Spots, path: npt.NDArray[np.int32], appearance: Appearance, start_s: float, end_s: float
+) -> list[tuple[float, float, float]]:
+    """(t_s, x, y) of a cursor that rested for so long that the median took it for background.
+
+    While it rests nothing is seen of it. While it is elsewhere, its place shows its negative: the background has the
+    cursor and the frame has not. A gap in the path that begins and ends near such a negative, and in which it is not
+    seen, is a rest; any other gap is a hidden cursor.
+    """
+    if len(path) == 0:
+        return []
+    colours = [3, 5, 7]
+    likeness = (spots.looks[:, colours] * appearance.centre[colours] / appearance.spread[colours] ** 2).sum(1)
+    negative = (spots.moving < 0.3) & (likeness < -NEGATIVE)
+    t_s, xy = spots.t_s[path].astype(float), spots.xy[path].astype(float)
+    # Gaps before the path's first point, after its last, and between its points: (from, to, last seen, next seen).
+    gaps = [(start_s, t_s[0], xy[0], xy[0]), (t_s[-1], end_s, xy[-1], xy[-1])]
+    gaps += [(t_s[i], t_s[i + 1], xy[i], xy[i + 1]) for i in range(len(path) - 1)]
+    found = []
+    for low, high, before, after in gaps:
+        if high - low < SHORTEST_REST_S:
+            continue
+        near = negative & (np.hypot(*(spots.xy - before).T) < NEAR) & (np.hypot(*(spots.xy - after).T) < NEAR)
+        inside = (spots.t_s > low + 0.3) & (spots.t_s < high - 0.3)
+        outside = (spots.t_s < low - 0.3) | (spots.t_s > high + 0.3)
+        seen, times = len(np.unique(spots.t_s[near & outside])), len(np.unique(spots.t_s[outside]))
+        if seen >= 4 and seen >= 0.4 * times and not (near & inside).any():
+            x, y = np.median(spots.xy[near & outside], 0).tolist()
+            count = max(2, int((high - low) / 0.2))
+            found += [(float(t), x, y) for t in np.linspace(low, high, count + 1)[1:-1]]
+    return found
 
 
 def learn_appearance(chunks: Sequence[Spots]) -> Appearance | None:

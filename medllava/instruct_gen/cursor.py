@@ -46,6 +46,9 @@ LOOKS = 8
 LAG = 3
 """Frames before and after with which a spot is compared to see whether it moves."""
 
+FLICKER = 1.2
+"""Grey levels by which a frame's mean may be off before its brightness is mended."""
+
 SPAN_S = 2.0
 """Zones of steady change are found by how many spans of this length they change in."""
 
@@ -84,8 +87,8 @@ class Background:
 class Spots:
     """Spots of successive frames, one row each.
 
-    ``frame``: number of the frame; ``t_s``; ``xy``: place in pixels of the working luma, n x 2; ``looks``: n x 8: log of
-    the summed difference, rms radius (chroma pixels), then y, u, v, each as it is and against the background;
+    ``frame``: number of the frame; ``t_s``; ``xy``: place in pixels of the working luma, n x 2; ``looks``: n x 8: log
+    of the summed difference, rms radius (chroma pixels), then y, u, v, each as it is and against the background;
     ``moving`` 0..1: how much of the spot is new against the frames shortly before *and* shortly after.
     """
 
@@ -109,6 +112,17 @@ def _noise(stack: Sequence[Plane], floor: float) -> Plane:
     usual = pixel_ranks(steps, [int(NOISE_RANK * len(steps))])[0].astype(np.float32)
     usual = np.maximum(usual, cv2.blur(usual, (5, 5)))
     return np.asarray(np.minimum(NOISE_FACTOR * usual + floor, 40), np.uint8)
+
+
+def steadied(frames: Sequence[Frame]) -> list[Frame]:
+    """The frames brought to one brightness: flicker would otherwise change every pixel at once."""
+    means = [cv2.mean(frame.y)[0] for frame in frames]
+    usual = float(np.median(means))
+    return [
+        replace(frame, y=cv2.convertScaleAbs(frame.y, alpha=usual / mean)) if mean > 1 and abs(mean - usual) > FLICKER
+        else frame
+        for frame, mean in zip(frames, means, strict=True)
+    ]
 
 
 def joined(parts: Sequence[Spots]) -> Spots:
@@ -136,9 +150,8 @@ class SpotFinder:
         self._active: npt.NDArray[np.uint16] | None = None
 
     def find(self, frames: Sequence[Frame], background: Background, only: range, first: int) -> Spots:
-        """Spots of the frames ``only`` (indices in ``frames``; the others are context); ``frames[0]`` counts as ``first``.
-
-        Also learns from them where something changes all the time.
+        """Spots of the frames ``only`` (indices in ``frames``, the others are context); ``frames[0]`` has the number
+        ``first``. Also learns from them where something changes all the time.
         """
         zone = self.zone()
         still = np.stack([background.difference(frames[i], background) for i in only])
@@ -274,7 +287,7 @@ def _describe(
         weights = np.maximum(weights - 0.25 * weights.max((1, 2), keepdims=True), 0)
         total = weights.sum((1, 2)) + 1e-3
         dx, dy = weights.sum(1) @ steps / total, weights.sum(2) @ steps / total
-    centres = nearest + np.stack([dx, dy], 1)
+    centres = (nearest + np.stack([dx, dy], 1)).astype(np.float32)
     # Looks are taken from the difference to the background, whichever map showed the spot, and from near its core only.
     square = (weights.sum(1) @ steps**2 + weights.sum(2) @ steps**2) / total - dx**2 - dy**2
     core = (2 * np.sqrt(np.maximum(square, 0)) + 1.5) ** 2

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from medllava.instruct_gen.background import Thinned
-from medllava.instruct_gen.cursor import LAG, Background, Floats, SpotFinder, Spots, joined
+from medllava.instruct_gen.cursor import LAG, Background, Floats, SpotFinder, Spots, joined, steadied
 from medllava.instruct_gen.grounding import ground
 from medllava.instruct_gen.picture import KEPT, Crop, encode_png, find_crop, full_median, is_tissue
 from medllava.instruct_gen.records import GroundedCaption, Narrative, Phrase, TracePoint, Utterance, Video
@@ -129,6 +129,7 @@ def _measure(
         # A window's frames are worked on reduced: their full-size pictures would take most of the memory.
         held.append(replace(frame, source=None))
         if len(held) == WINDOW:
+            held = steadied(held)
             background = Background.of(held)
             if first is None and not is_tissue(background):
                 return None
@@ -140,6 +141,7 @@ def _measure(
             context, seen = LAG, seen + gone
     if end_s - start_s < SHORTEST_S:
         return None
+    held = steadied(held)
     background = Background.of(held)
     if first is None and not is_tissue(background):
         return None

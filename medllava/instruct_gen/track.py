@@ -208,7 +208,7 @@ def hot_spot(patches: Sequence[Patch], appearance: Appearance) -> Floats:
     if len(shapes) < 5:
         return np.zeros(2, np.float32)
     shape = np.mean(shapes, 0)
-    shape = np.maximum(shape - 0.3 * shape.max(), 0)
+    shape = np.maximum(shape - 0.4 * shape.max(), 0)
     rows, columns = np.flatnonzero(shape.any(1)), np.flatnonzero(shape.any(0))
     body = shape[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     top = body[: max(1, len(body) // 5)].sum(0)

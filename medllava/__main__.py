@@ -26,7 +26,7 @@ def usage() -> str:
     lines = [f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items()]
     return (
         f"medllava {__version__}\n\nusage: medllava COMMAND ...    (each takes --help)\n\n" + "\n".join(lines)
-        + "\n\nexample: medllava serve.cli --model-path demo-out/stage2 --image-file tissue.png --prompt 'What is here?'"
+        + "\n\nexample: medllava serve.cli --model-path demo-out/stage2 --image-file a.png --prompt 'What is here?'"
     )
 
 

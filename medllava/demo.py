@@ -99,9 +99,7 @@ def plan(out: Path, seed: int, size: Size) -> list[Step]:
             "instruct_gen", "generate", "--captions", str(out / "narrated" / "captions.jsonl"), "--out", str(data),
             "--config", str(ROOT / "instruct_gen" / "recipes" / "demo.yaml"), "--base-url", "TEACHER",
         ], 1.0, needs_teacher=True),
-        Step("stage0", "foundation: image encoder (contrastive) and language model, from scratch", train(
-            "stage0", "--captions", str(out / "narrated" / "captions.jsonl")
-        ), 1.5),
+        Step("stage0", "foundation: image encoder (contrastive) and language model, from scratch", train("stage0"), 1.8),
         Step("stage1", "instruction tuning, stage 1: projector only", train(
             "stage1", "--init-from", str(out / "stage0")
         ), 0.3),
@@ -161,7 +159,8 @@ def _run_all(steps: list[Step], out: Path) -> None:
     for number, step in enumerate(steps, start=1):
         marker = out / ".done" / f"{step.name}.json"
         # A step's key holds the keys before it: redo everything downstream of what changed, nothing upstream.
-        earlier = hashlib.sha256((earlier + json.dumps([__version__, _portable(step.command, out)])).encode()).hexdigest()
+        told = json.dumps([earlier, __version__, _portable(step.command, out)])
+        earlier = hashlib.sha256(told.encode()).hexdigest()
         head = f"[{number}/{len(steps)}] {step.title}"
         if _finished(marker, earlier):
             print(f"{head}: done before", flush=True)

@@ -59,7 +59,9 @@ class VisionSizes(Recipe):
 
 
 class TextSizes(Recipe):
-    """Llama language model."""
+    """Llama language model. ``rope_theta``: base of the rotary positions; a large one keeps more of each head blind to
+    distance, which helps a word find a patch by what it shows. ``tie_embeddings``: one matrix reads and writes words.
+    """
 
     hidden_size: int = 96
     intermediate_size: int = 256
@@ -67,6 +69,8 @@ class TextSizes(Recipe):
     heads: int = 2
     initializer_range: float = 0.08
     max_positions: int = 2048
+    rope_theta: float = 10_000.0
+    tie_embeddings: bool = False
 
 
 def build_tokenizer(texts: Iterable[str], sizes: TokenizerSizes) -> Any:
@@ -132,7 +136,8 @@ def llama_config(text: TextSizes, tokenizer: Any) -> Any:
         num_hidden_layers=text.layers, num_attention_heads=text.heads, num_key_value_heads=text.heads,
         initializer_range=text.initializer_range, max_position_embeddings=text.max_positions,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
+        tie_word_embeddings=text.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
     )
 
 
@@ -182,7 +187,7 @@ def assemble(vision_tower: Any, language_model: Any, tokenizer: Any, *, feature_
         vision_config=vision.to_dict(), text_config=language_model.config.to_dict(),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE), vision_feature_layer=feature_layer,
         vision_feature_select_strategy="default", image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        tie_word_embeddings=False,
+        tie_word_embeddings=language_model.config.tie_word_embeddings,
     )
     model = LlavaForConditionalGeneration(config)
     # Transformers keeps the encoder itself one level down in some versions.

@@ -140,10 +140,10 @@ def _conversation(text: str, rng: random.Random) -> dict[str, Any]:
 
 
 def _grounding(text: str, rng: random.Random) -> dict[str, Any]:
-    """Box out and box in, one of each for up to two findings that have a box."""
+    """Box out and box in, one of each for every finding that has a box."""
     boxed = [finding for finding in _single_by_kind(read_findings(text)) if finding.box]
     pairs: list[tuple[str, str]] = []
-    for finding in rng.sample(boxed, min(2, len(boxed))):
+    for finding in boxed:
         assert finding.box is not None
         pairs.append((grammar.ask_box(finding.kind, rng), grammar.tell_box(finding.box)))
         pairs.append((grammar.ask_region(finding.box, rng), grammar.tell_what(finding.kind)))

@@ -69,9 +69,10 @@ class Contrastive(Recipe):
     """Stage 0a: CLIP's symmetric loss on pictures and captions (Radford et al. 2021), and a term on regions.
 
     kinds: of the samples whose answers are captions. region_weight: of the loss that contrasts a box's patches with the
-        text said about it (0: off). regions_per_image: at most so many boxes of a picture in a batch. region_layer:
-        hidden state of the encoder whose patches the region term reads (-1: the last); the language model reads
-        ``vision.feature_layer``. temperature: at the start; it is learned.
+        text said about it (0: off). region_places: contrast it also with that text and the name of the box's quadrant,
+        so that the patches keep where they are. regions_per_image: at most so many boxes of a picture in a batch.
+        region_layer: hidden state of the encoder whose patches the region term reads (-1: the last); the language
+        model reads ``vision.feature_layer``. temperature: at the start; it is learned.
     """
 
     optim: Optim
@@ -84,6 +85,7 @@ class Contrastive(Recipe):
     temperature: float = 0.07
     caption_weight: float = Field(default=1.0, ge=0)
     region_weight: float = Field(default=0.0, ge=0)
+    region_places: bool = False
     regions_per_image: int = Field(default=4, ge=1)
     region_layer: int = Field(default=-1, le=-1)
 
@@ -128,6 +130,7 @@ class TuneRecipe(_Stage):
     chat_format: see :mod:`medllava.model.prompt`; by default the checkpoint's own.
     projector_learning_rate: of the projector, if not the same. tower_learning_rate: with ``tower_layers`` > 0, so many
         last layers of the image encoder are trained too.
+    split_exchanges: take the questions of a conversation one by one, where none builds on another.
     max_length: tokens, pictures included; whole trailing exchanges are dropped from longer samples.
     length_grouping: samples of like length share a batch. cache_features: keep the frozen encoder's output in memory
         instead of computing it every time (``auto``: if it fits in ``cache_limit_gb``).
@@ -141,6 +144,7 @@ class TuneRecipe(_Stage):
     kinds: tuple[str, ...] | None = None
     kind_weights: dict[str, float] = {}
     flip: bool = False
+    split_exchanges: bool = False
     lora: Lora = Lora()
     projector_learning_rate: float | None = Field(default=None, gt=0)
     tower_layers: int = Field(default=0, ge=0)

@@ -9,7 +9,7 @@ batch, which teaches the encoder where things are, not only that they are there.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class ContrastiveBatch:
-    """pixels (images, 3, side, side). tokens (texts, length): captions first, then the distinct region texts.
+    """pixels (images, 3, side, side). tokens (texts, length): captions first, then the distinct region texts, then the
+    distinct placed texts (``upper left`` + region text; none unless the recipe asks for places).
 
     caption_rows: picture of each caption. region_rows, region_weights (regions, patches; each row sums to 1),
-    region_targets: index of each region's text among the region texts.
+    region_targets, placed_targets: index of each region's text among the region texts, among the placed texts.
     """
 
     ids: tuple[str, ...]
@@ -54,6 +55,7 @@ class ContrastiveBatch:
     region_rows: torch.Tensor
     region_weights: torch.Tensor
     region_targets: torch.Tensor
+    placed_targets: torch.Tensor
     weight: int = 1
 
     def to(self, device: torch.device | str) -> ContrastiveBatch:
@@ -127,7 +129,7 @@ class ContrastiveData:
     def make(self, epoch: int, indices: list[int]) -> list[ContrastiveBatch]:
         recipe = self._recipe
         pixels, texts, caption_rows = [], [], []
-        regions: list[tuple[int, torch.Tensor, str]] = []
+        regions: list[tuple[int, torch.Tensor, str, str]] = []
         for row, index in enumerate(indices):
             pair = self._pairs[index]
             rng = random.Random(f"pair/{self._seed}/{epoch}/{index}")
@@ -139,19 +141,24 @@ class ContrastiveData:
             if recipe.region_weight:
                 chosen = rng.sample(pair.regions, min(len(pair.regions), recipe.regions_per_image))
                 for box, text in chosen:
-                    weights = patch_weights(flip_box(box, variant), self._sizes[index], self._grid)
-                    regions.append((row, weights, flip_text(text, variant)))
+                    flipped, said = flip_box(box, variant), flip_text(text, variant)
+                    weights = patch_weights(flipped, self._sizes[index], self._grid)
+                    regions.append((row, weights, said, f"{flipped.centre.quadrant()} {said}"))
         classes = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        region_texts = {text: number for number, text in enumerate(dict.fromkeys(text for _, _, text in regions))}
+        region_texts = _numbered(text for _, _, text, _ in regions)
+        placed_texts = _numbered(text for _, _, _, text in regions) if recipe.region_places else {}
         return [ContrastiveBatch(
             ids=tuple(self._pairs[index].image for index in indices),
             pixels=torch.stack(pixels),
-            tokens=self._encode([*texts, *region_texts]),
+            tokens=self._encode([*texts, *region_texts, *placed_texts]),
             caption_rows=torch.tensor(caption_rows, dtype=torch.long),
             caption_classes=torch.tensor([classes[text] for text in texts], dtype=torch.long),
-            region_rows=torch.tensor([row for row, _, _ in regions], dtype=torch.long),
-            region_weights=torch.stack([weights for _, weights, _ in regions] or [torch.zeros(self._grid**2)]),
-            region_targets=torch.tensor([region_texts[text] for _, _, text in regions], dtype=torch.long),
+            region_rows=torch.tensor([row for row, _, _, _ in regions], dtype=torch.long),
+            region_weights=torch.stack([weights for _, weights, _, _ in regions] or [torch.zeros(self._grid**2)]),
+            region_targets=torch.tensor([region_texts[text] for _, _, text, _ in regions], dtype=torch.long),
+            placed_targets=torch.tensor(
+                [placed_texts[text] for _, _, _, text in regions] if placed_texts else [], dtype=torch.long
+            ),
         )]
 
     def _encode(self, texts: Sequence[str]) -> torch.Tensor:
@@ -162,6 +169,11 @@ class ContrastiveData:
                 self._tokens[text] = torch.tensor([*ids, self._tokenizer.eos_token_id])
         rows = [self._tokens[text] for text in texts]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id)
+
+
+def _numbered(texts: Iterable[str]) -> dict[str, int]:
+    """Distinct texts in order of first appearance, each with its number."""
+    return {text: number for number, text in enumerate(dict.fromkeys(texts))}
 
 
 def patch_weights(box: Box, size: tuple[int, int], grid: int) -> torch.Tensor:
@@ -207,5 +219,9 @@ class ContrastiveLoss(nn.Module):
             pooled = (batch.region_weights[:, :, None] * patches[batch.region_rows]).sum(1)
             regions = functional.normalize(self.clip.visual_projection(pooled), dim=-1)
             logits = scale * regions @ texts[captions:].T
-            loss = loss + self._region_weight * functional.cross_entropy(logits, batch.region_targets)
+            # Two questions to the same patches, each among its own texts: what is it, and what is it and where.
+            placed = int(batch.region_targets.max()) + 1
+            loss = loss + self._region_weight * functional.cross_entropy(logits[:, :placed], batch.region_targets)
+            if len(batch.placed_targets):
+                loss = loss + self._region_weight * functional.cross_entropy(logits[:, placed:], batch.placed_targets)
         return loss

@@ -14,16 +14,19 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from medllava.conversation import InstructionSample, Turn, sample_from_llava
+from medllava.conversation import IMAGE_TAG, InstructionSample, Turn, sample_from_llava
 from medllava.errors import DataError
 from medllava.images import load_image
 from medllava.jsonl import read_json
 from medllava.model.pixels import pixel_values
-from medllava.model.prompt import IGNORE, PromptBuilder
+from medllava.model.prompt import IGNORE, Prompt, PromptBuilder
 from medllava.train.augment import choose_variant, flip_pixels, flip_text
 from medllava.train.batch import Batch, Example, collate
 
 log = logging.getLogger(__name__)
+
+INDEPENDENT_KINDS = ("conversation", "grounding", "vqa")
+"""Kinds in which every question can be answered without the ones before it."""
 
 
 def read_samples(path: Path, kinds: Sequence[str] | None = None) -> list[InstructionSample]:
@@ -41,6 +44,24 @@ def read_samples(path: Path, kinds: Sequence[str] | None = None) -> list[Instruc
         found = ", ".join(sorted({sample.kind for sample in samples})) or "none at all"
         raise DataError(f"{path}: no sample of kind {', '.join(kinds or ['any'])}; the file has: {found}")
     return kept
+
+
+def split_exchanges(samples: Sequence[InstructionSample]) -> list[InstructionSample]:
+    """Each question with its answer as a sample of its own, for the kinds whose questions do not build on one another.
+
+    A model too small to read a history learns from the picture alone this way.
+    """
+    made: list[InstructionSample] = []
+    for sample in samples:
+        pairs = list(zip(sample.turns[::2], sample.turns[1::2], strict=False))
+        apart = all(asked.role == "user" and told.role == "assistant" for asked, told in pairs)
+        if sample.kind not in INDEPENDENT_KINDS or len(sample.images) != 1 or not apart:
+            made.append(sample)
+            continue
+        for number, (asked, told) in enumerate(pairs, start=1):
+            tagged = Turn(role="user", text=f"{IMAGE_TAG}\n" + asked.text.replace(IMAGE_TAG, "").strip())
+            made.append(sample.model_copy(update={"id": f"{sample.id}-{number}", "turns": (tagged, told)}))
+    return made
 
 
 def check_images(samples: Sequence[InstructionSample], folder: Path) -> None:
@@ -70,6 +91,7 @@ class Examples:
         self._text_only = text_only
         self._supervise_all = supervise_all
         self._made: dict[tuple[int, int], Example] = {}
+        self._prompted: dict[tuple[Turn, ...], Prompt | None] = {}
         self.samples: list[InstructionSample] = []
         self.lengths: list[int] = []
         self.supervised = 0
@@ -109,7 +131,11 @@ class Examples:
         turns = [Turn(role=turn.role, text=flip_text(turn.text, variant)) for turn in sample.turns]
         if self._text_only:
             turns = [Turn(role=turn.role, text=turn.text.replace("<image>", "").strip()) for turn in turns]
-        prompt = self._prompts.sample(turns, f"sample {sample.id}", max_length=self._max_length)
+        # Short questions recur word for word with other pictures.
+        key = tuple(turns)
+        if key not in self._prompted:
+            self._prompted[key] = self._prompts.sample(turns, f"sample {sample.id}", max_length=self._max_length)
+        prompt = self._prompted[key]
         if prompt is None:
             return None
         ids = torch.tensor(prompt.input_ids)

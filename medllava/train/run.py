@@ -38,6 +38,7 @@ from medllava.train.dataset import (
     kind_weights,
     micro_batches,
     read_samples,
+    split_exchanges,
 )
 from medllava.train.forward import LanguageLoss, VisionLanguageLoss, vision_features
 from medllava.train.loop import STATE_FILE, Group, Pace, fit
@@ -210,6 +211,8 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
     wanted = [sample for sample in samples if recipe.kinds is None or sample.kind in recipe.kinds]
     if not wanted:
         raise ConfigError(f"{paths.data}: no sample of kinds {', '.join(recipe.kinds or ())}")
+    if recipe.split_exchanges:
+        wanted = split_exchanges(wanted)
     examples = Examples(wanted, prompts, max_length=recipe.max_length)
     order = Order(
         len(examples), recipe.optim.batch_size, recipe.seed,
@@ -228,6 +231,7 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
     if paths.eval_data is not None:
         judged = [s for s in read_samples(paths.eval_data) if recipe.kinds is None or s.kind in recipe.kinds]
         check_images(judged, paths.images)
+        judged = split_exchanges(judged) if recipe.split_exchanges else judged
         evaluation = Examples(judged, prompts, max_length=recipe.max_length)
         names = list(dict.fromkeys([*names, *(name for sample in evaluation.samples for name in sample.images)]))
     if _worth_caching(recipe, model, len(names), prompts.tokens_per_image):

@@ -62,7 +62,9 @@ FULL = Size(videos=160, held_out=30, fields=12, per_kind=300)
 QUICK = Size(
     videos=6, held_out=2, fields=4, per_kind=10,
     overrides=(
-        ("stage0", ("contrastive.steps=8", "language.steps=8")), ("stage1", ("steps=6",)), ("stage2", ("steps=12",)),
+        ("stage0", ("contrastive.optim.steps=8", "language.optim.steps=8")),
+        ("stage1", ("optim.steps=6",)),
+        ("stage2", ("optim.steps=12",)),
     ),
 )
 
@@ -199,8 +201,9 @@ def _run(step: Step, command: list[str]) -> None:
 
 def _start(command: list[str], stdout: int | None = None) -> subprocess.Popen[str]:
     module, *arguments = command
-    # One thread in the numerics libraries: these models are so small that more threads only wait for each other.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+    # One thread in the numerics libraries: these models are so small that more threads only wait for each other, and
+    # where a recipe asks for two, they must not spin while they wait.
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", f"medllava.{module}", *arguments], env=environment, stdout=stdout, text=True,
         preexec_fn=_die_with_parent() if sys.platform == "linux" else None,

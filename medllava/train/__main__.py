@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("medllava").setLevel(logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Threads that wait for each other sleep instead of spinning: beside another busy process, spinning makes a step
+    # of a small model many times slower. Must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     from medllava.train.config import load_training_recipe
 

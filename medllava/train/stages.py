@@ -43,9 +43,11 @@ def select(model: Any, recipe: TuneRecipe) -> tuple[Any, list[Group], list[Part]
         # A tied output head is the same parameter as the embedding, under one name.
         chosen["language model"] = ([*_names(model, nn.ModuleList([core.language_model, model.lm_head]))], rate)
     if recipe.tower_layers:
-        layers = _tower_layers(core.vision_tower)
+        layers = _tower_layers(model)
         if recipe.tower_layers > len(layers):
-            raise ConfigError(f"tower_layers is {recipe.tower_layers}, but the vision tower has {len(layers)} layers")
+            raise ConfigError(
+                f"tower_layers is {recipe.tower_layers}, but {len(layers)} layers of the vision tower make the features"
+            )
         last = [name for layer in layers[-recipe.tower_layers :] for name in _names(model, layer)]
         chosen["vision tower"] = (last, recipe.tower_learning_rate or rate)
     own = dict(model.named_parameters())
@@ -111,7 +113,11 @@ def _names(model: nn.Module, part: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if id(parameter) in own and ".lora_" not in name]
 
 
-def _tower_layers(tower: Any) -> Sequence[nn.Module]:
-    encoder = getattr(tower, "vision_model", tower).encoder
-    layers: Sequence[nn.Module] = encoder.layers
-    return layers
+def _tower_layers(model: Any) -> list[nn.Module]:
+    """The vision tower's layers up to the one whose output is used; those after it would get no gradient."""
+    tower = model.model.vision_tower
+    layers = list(getattr(tower, "vision_model", tower).encoder.layers)
+    used = model.config.vision_feature_layer
+    # The tower's states are its embedding and then the output of each layer, so state n is made by n layers.
+    count = max(state % (len(layers) + 1) for state in (used if isinstance(used, list) else [used]))
+    return layers[:count]

@@ -14,8 +14,8 @@ from medllava.train.__main__ import main
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 COLOURS = {"gland": "#802080", "vessel": "#c01010", "adipose": "#fdfdfd", "necrosis": "#404040"}
 SMALL = [
-    "vision.hidden_size=32", "vision.intermediate_size=64", "vision.heads=2", "text.hidden_size=32",
-    "text.intermediate_size=64", "tokenizer.vocab_size=330", "contrastive.optim.steps=3",
+    "vision.hidden_size=32", "vision.intermediate_size=64", "vision.heads=2", "vision.feature_layer=-2",
+    "text.hidden_size=32", "text.intermediate_size=64", "tokenizer.vocab_size=330", "contrastive.optim.steps=3",
     "contrastive.optim.batch_size=8", "language.optim.steps=3", "language.optim.batch_size=8",
 ]
 

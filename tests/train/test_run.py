@@ -106,8 +106,8 @@ def test_full_stage_moves_language_model_and_named_tower_layers(data: Any, stage
     assert train("stage2", data, tmp_path / "out", stage1, *extra) == 0
     moved = changed(weights(stage1), weights(tmp_path / "out"))
     tower = {name for name in moved if "vision_tower" in name}
-    # The features are those of the second last layer, so the last one gets no gradient.
-    assert {name.split("layers.")[1][0] for name in tower} == {"1"}
+    # The features are those of the second last of three layers; the last one would get no gradient.
+    assert {name.split("layers.")[1][0] for name in tower} == {"0", "1"}
     assert "lm_head.weight" in moved
     assert checkpoint.describe(tmp_path / "out").kind == "full"
 
@@ -280,6 +280,8 @@ def test_mistakes_are_told_before_training(data: Any, stage0: Path, stage1: Path
         ])
     with pytest.raises(DataError, match="exactly one assistant turn"):
         train("stage1", data, tmp_path / "out", stage0, "kinds=[grounding]")
+    with pytest.raises(ConfigError, match="tower_layers is 3, but 2 layers of the vision tower make the features"):
+        train("stage2", data, tmp_path / "out", stage1, "tower_layers=3")
     assert list(tmp_path.iterdir()) == []
 
 

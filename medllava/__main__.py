@@ -12,6 +12,8 @@ COMMANDS = {
     "demo": ("medllava.demo", "the whole street once: videos, data, training, scores, web chat"),
     "doctor": ("medllava.doctor", "versions, devices, which extras work and why not"),
     "phantom": ("medllava.phantom.__main__", "make narrated videos with known truth"),
+    "phantom.questions": ("medllava.phantom.questions", "benchmark questions from that truth"),
+    "phantom.teacher": ("medllava.phantom.teacher", "a server that stands in for a teacher model"),
     "instruct_gen": ("medllava.instruct_gen.__main__", "narrate | generate | check: video to instruction data"),
     "train": ("medllava.train.__main__", "train one stage from a recipe; preview a training file"),
     "model": ("medllava.model.__main__", "inspect, convert, export, merge checkpoints"),
@@ -23,7 +25,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    lines = [f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<19}{text}" for name, (_, text) in COMMANDS.items()]
     return (
         f"medllava {__version__}\n\nusage: medllava COMMAND ...    (each takes --help)\n\n" + "\n".join(lines)
         + "\n\nexample: medllava serve.cli --model-path demo-out/stage2 --image-file a.png --prompt 'What is here?'"

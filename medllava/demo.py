@@ -9,7 +9,6 @@ example: medllava demo --out demo-out --seed 0 --no-web
 from __future__ import annotations
 
 import argparse
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -19,15 +18,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from medllava import __version__
 from medllava.errors import ConfigError, MedllavaError, ServiceError, run_cli
 from medllava.jsonl import read_json, write_json
+from medllava.processes import end_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY = ("where", "yes_no", "what", "count", "box_iou")
@@ -101,7 +102,7 @@ def plan(out: Path, seed: int, size: Size) -> list[Step]:
             "instruct_gen", "generate", "--captions", str(out / "narrated" / "captions.jsonl"), "--out", str(data),
             "--config", str(ROOT / "instruct_gen" / "recipes" / "demo.yaml"), "--base-url", "TEACHER",
         ], 1.0, needs_teacher=True),
-        Step("stage0", "foundation: image encoder (contrastive) and language model, from scratch", train("stage0"), 1.8),
+        Step("stage0", "foundation: contrastive image encoder and language model, from scratch", train("stage0"), 1.8),
         Step("stage1", "instruction tuning, stage 1: projector only", train(
             "stage1", "--init-from", str(out / "stage0")
         ), 0.3),
@@ -206,19 +207,8 @@ def _start(command: list[str], stdout: int | None = None) -> subprocess.Popen[st
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", f"medllava.{module}", *arguments], env=environment, stdout=stdout, text=True,
-        preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
+        preexec_fn=partial(end_with_parent, os.getpid()),  # when the demo is killed, nothing runs on unseen
     )
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """On Linux, have the system end a step when the demo itself is killed, so that nothing runs on unseen."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    set_parent_death_signal = 1
-
-    def before_exec() -> None:
-        libc.prctl(set_parent_death_signal, signal.SIGKILL)
-
-    return before_exec
 
 
 @contextmanager

@@ -74,7 +74,10 @@ def to_line(record: BaseModel | dict[str, Any]) -> str:
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside ``path`` and rename it there only if the block ends well; else remove it."""
+    """Open a temporary file beside ``path`` and rename it there only if the block ends well; else remove it.
+
+    An OSError of the block that names no file (a full disk) gets ``path`` as its file name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -83,9 +86,11 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -121,7 +126,8 @@ def read_json(path: Path) -> Any:
 class Appender:
     """Append records to a JSON Lines file, each flushed to the system as it is written; cuts off a broken last line.
 
-    Use as a context manager. Safe for one writing process at a time.
+    A record that does not fit on the disk leaves no part of itself. Use as a context manager. Safe for one writing
+    process at a time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,7 +135,7 @@ class Appender:
 
     def __enter__(self) -> Appender:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)
         size = self._file.tell()
         if size:
             with self.path.open("rb") as whole:
@@ -140,8 +146,14 @@ class Appender:
         return self
 
     def write(self, record: BaseModel | dict[str, Any]) -> None:
-        self._file.write(to_line(record).encode())
-        self._file.flush()
+        before, left = self._file.seek(0, os.SEEK_END), memoryview(to_line(record).encode())
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self._file.truncate(before)
+            error.filename = str(self.path)
+            raise
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

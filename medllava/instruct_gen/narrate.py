@@ -25,6 +25,7 @@ from typing import Any
 
 from medllava.errors import ConfigError, DataError
 from medllava.jsonl import read_json, write_json, write_records
+from medllava.processes import end_with_parent
 
 HELP = "narrated videos + transcripts -> narratives.jsonl, captions.jsonl, frames/"
 
@@ -109,7 +110,9 @@ def _work(tasks: list[Task], workers: int) -> Iterator[tuple[str, str]]:
                 reasons[task.video.name] = narrate_one(task)
                 progress.update()
         else:
-            with ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn")) as pool:
+            with ProcessPoolExecutor(
+                min(workers, len(tasks)), multiprocessing.get_context("spawn"), end_with_parent, (os.getpid(),)
+            ) as pool:
                 names = {pool.submit(narrate_one, task): task.video.name for task in tasks}
                 try:
                     for future in as_completed(names):

@@ -85,7 +85,7 @@ def _make(out: Path, seed: int, missing: list[int], total: int, settings: Settin
 
     from tqdm import tqdm
 
-    from medllava.phantom.outputs import make_case, use_one_thread
+    from medllava.phantom.outputs import make_case, start_worker
 
     with tqdm(total=total, initial=total - len(missing), desc="videos", unit="video", disable=None) as progress:
         if min(workers, len(missing)) <= 1:
@@ -95,7 +95,7 @@ def _make(out: Path, seed: int, missing: list[int], total: int, settings: Settin
             return
         # Fresh processes: a fork would copy the state of the drawing and encoding libraries' threads.
         with ProcessPoolExecutor(
-            min(workers, len(missing)), mp_context=get_context("spawn"), initializer=use_one_thread
+            min(workers, len(missing)), get_context("spawn"), start_worker, (os.getpid(),)
         ) as pool:
             jobs = [pool.submit(make_case, out, seed, index, settings) for index in missing]
             try:

@@ -12,6 +12,7 @@ from medllava.jsonl import atomic_write, read_json, write_json
 from medllava.phantom.cursor import track
 from medllava.phantom.session import Line, Session, Settings, plan_session, video_name
 from medllava.phantom.transcript import to_srt, to_words
+from medllava.processes import end_with_parent
 
 
 def is_done(out: Path, seed: int, index: int, settings: Settings) -> bool:
@@ -27,15 +28,18 @@ def is_done(out: Path, seed: int, index: int, settings: Settings) -> bool:
     return True
 
 
-def use_one_thread() -> None:
-    """Keep the drawing library of a worker process to one core; the workers share the others."""
+def start_worker(parent: int) -> None:
+    """Set up a worker process: its drawing library on one core, as the workers share the others, and its end with the
+    end of ``parent``."""
     import cv2
 
+    end_with_parent(parent)
     cv2.setNumThreads(1)
 
 
 def make_case(out: Path, seed: int, index: int, settings: Settings) -> str:
-    """Plan, render and write one case; the truth comes last, so its presence means that the case is whole.
+    """Plan, render and write one case; the truth comes last, so its presence means that the case is whole. If that
+    fails (a full disk), nothing of the case is left.
 
     Returns the video's file name.
     """
@@ -44,14 +48,19 @@ def make_case(out: Path, seed: int, index: int, settings: Settings) -> str:
     from medllava.phantom.video import write_h264
 
     session = plan_session(seed, index, settings)
-    video = out / f"{session.name}.mp4"
     temporary = out / f".{session.name}.mp4.part"
-    write_h264(temporary, render_frames(session), settings.width, settings.height, settings.fps)
-    temporary.replace(video)
-    with atomic_write(out / f"{session.name}.srt") as file:
-        file.write(to_srt(session.lines))
-    write_json(out / f"{session.name}.words.json", to_words(session.lines))
-    write_json(out / f"{session.name}.truth.json", describe_truth(session))
+    video, cues, words = (out / f"{session.name}{ending}" for ending in (".mp4", ".srt", ".words.json"))
+    try:
+        write_h264(temporary, render_frames(session), settings.width, settings.height, settings.fps)
+        temporary.replace(video)
+        with atomic_write(cues) as file:
+            file.write(to_srt(session.lines))
+        write_json(words, to_words(session.lines))
+        write_json(out / f"{session.name}.truth.json", describe_truth(session))
+    except BaseException:
+        for path in (temporary, video, cues, words):
+            path.unlink(missing_ok=True)
+        raise
     return video.name
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
-from medllava.jsonl import Appender, read_rows, write_records
+from medllava.jsonl import Appender, atomic_write, read_rows, write_records
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,8 @@ def plot_loss(log_file: Path, picture: Path, title: str) -> None:
     bottom.legend()
     bottom.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(picture, dpi=110)
+    with atomic_write(picture, "wb") as file:
+        figure.savefig(file, dpi=110, format="png")
     pyplot.close(figure)
 
 
@@ -58,7 +62,7 @@ class Journal:
         self._out = out
         self._start = start
         self._enabled = enabled
-        self._board: Any = None
+        self._board: _Board | None = None
 
     def __enter__(self) -> Journal:
         if not self._enabled:
@@ -68,25 +72,52 @@ class Journal:
             write_records(file, [row for _, row in read_rows(file) if row["step"] <= self._start])
         self._rows = Appender(file).__enter__()
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            self._board = _Board(self._out / "tensorboard", self._start)
         except ImportError as error:
             log.warning("no TensorBoard log: %s; pip install 'medllava[train]'", error)
-        else:
-            self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=self._start)
         return self
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows.write(row)
         if self._board is None:
             return
-        for key in ("loss", "eval_loss", "grad_norm"):
-            if key in row:
-                self._board.add_scalar(key, row[key], row["step"])
-        for name, rate in row["lr"].items():
-            self._board.add_scalar(f"lr/{name}", rate, row["step"])
+        values = {key: row[key] for key in ("loss", "eval_loss", "grad_norm") if key in row}
+        self._board.add(row["step"], values | {f"lr/{name}": rate for name, rate in row["lr"].items()})
 
     def __exit__(self, *error: object) -> None:
         if self._enabled:
             self._rows.__exit__(*error)
         if self._board is not None:
             self._board.close()
+
+
+class _Board:
+    """A TensorBoard event file, written in place. PyTorch's own writer hands its rows to a thread, and a full disk then
+    shows as that thread's traceback. Raises ImportError without the package."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2, summary_pb2
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = self._path.open("ab", buffering=0)
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if start:  # what an earlier file says about later steps is not shown
+            self._write(step=start, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        rows = [self._summary.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(step=step, summary=self._summary.Summary(value=rows))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **content: Any) -> None:
+        try:
+            self._records.write(self._event.Event(wall_time=time.time(), **content).SerializeToString())
+        except OSError as error:
+            error.filename = str(self._path)
+            raise

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from medllava.conversation import Turn
 from medllava.errors import ConfigError, DataError, MedllavaError, run_cli
@@ -226,6 +227,10 @@ def test_validation_loss_is_logged(data: Any, stage1: Path, tmp_path: Path) -> N
     rows = [row for _, row in read_rows(tmp_path / "out" / "train_log.jsonl")]
     assert ["eval_loss" in row for row in rows] == [False, True, False, True]
     assert all(0 < row["eval_loss"] < 20 for row in rows if "eval_loss" in row)
+    board = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]
+    logged = [event.value for event in board.Scalars("eval_loss")]
+    assert logged == pytest.approx([rows[1]["eval_loss"], rows[3]["eval_loss"]])
 
 
 def test_training_lowers_the_loss(data: Any, stage1: Path, tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _preview(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="medllava train preview", description="Write ids, labels, prompt and supervised text of every sample."
+        prog="medllava train preview", description="Write ids, labels, prompt and supervised text of every sample.",
+        epilog="example: medllava train preview --tokenizer demo-out/stage1 --chat-format medllava --data llava.json"
+        " --out seen.jsonl",
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer or a checkpoint")
     parser.add_argument("--chat-format", required=True, help="plain, vicuna_v1, medllava or template (its own)")

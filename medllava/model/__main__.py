@@ -18,17 +18,23 @@ def main(argv: list[str] | None = None) -> int:
         prog="medllava model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     steps = parser.add_subparsers(dest="step", required=True)
-    inspect = steps.add_parser("inspect", help="what a checkpoint folder is: kind, parts, parameters, files")
+    inspect = steps.add_parser(
+        "inspect", help="what a checkpoint folder is: kind, parts, parameters, files",
+        epilog="example: medllava model inspect demo-out/stage2",
+    )
     inspect.add_argument("source", metavar="SRC", type=Path)
     for name, text in (
         ("merge", "fold a LoRA or projector checkpoint into its base: a full checkpoint"),
         ("export", "write a stock Hugging Face folder"),
         ("convert", "read an original LLaVA folder"),
     ):
-        step = steps.add_parser(name, help=text)
+        step = steps.add_parser(name, help=text, epilog=f"example: medllava model {name} demo-out/stage2 new-folder")
         step.add_argument("source", metavar="SRC", type=Path)
         step.add_argument("target", metavar="DST", type=Path)
-    tiny = steps.add_parser("tiny", help="a checkpoint with random weights, for trying the other commands")
+    tiny = steps.add_parser(
+        "tiny", help="a checkpoint with random weights, for trying the other commands",
+        epilog="example: medllava model tiny tiny-checkpoint",
+    )
     tiny.add_argument("target", metavar="DST", type=Path)
     tiny.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)

@@ -1,0 +1,106 @@
+"""What is installed, what importing costs, and that every command explains itself at once."""
+
+from __future__ import annotations
+
+import pkgutil
+import statistics
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import medllava
+from medllava.__main__ import COMMANDS
+
+FOLDERS = ("instruct_gen", "train", "serve", "eval")
+"""Where a person runs and edits a stage; none of it is code."""
+
+STEPS = {
+    "instruct_gen": ("narrate", "generate", "check"),
+    "train": ("preview",),
+    "model": ("inspect", "merge", "export", "convert", "tiny"),
+    "eval": ("answer", "score", "judge", "report", "rescore"),
+}
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(repository)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert top == {"medllava", f"medllava-{medllava.__version__}.dist-info"}
+    modules = {path.relative_to(repository).as_posix() for path in (repository / "medllava").rglob("*.py")}
+    assert modules <= set(names)
+
+
+def test_folders_of_recipes_hold_no_code(repository: Path) -> None:
+    for name in FOLDERS:
+        assert (repository / name / "README.md").is_file()
+        assert list((repository / name).rglob("*.py")) == []
+
+
+COMMAND_LINES = [
+    [], *([name] for name in COMMANDS), *([name, step] for name, steps in STEPS.items() for step in steps),
+]
+
+
+@pytest.mark.parametrize("words", COMMAND_LINES, ids=" ".join)
+def test_help_comes_at_once_and_has_an_example(words: list[str], repository: Path) -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "medllava", *words, "--help"], cwd=repository, capture_output=True, text=True,
+            check=False,
+        )
+        seconds.append(time.perf_counter() - began)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert statistics.median(seconds) < 1
+    # A line that a person can copy, beyond the usage line that argparse makes.
+    name = " ".join(words)
+    forms = {f"medllava {name}".strip(), f"python -m medllava.{name}"}
+    if words[:1] == ["demo"]:
+        forms.add("make demo")
+    body = done.stdout.partition("\n\n")[2] if words else done.stdout
+    assert any(form in body for form in forms), done.stdout
+
+
+@pytest.mark.parametrize("words", [["phantom"], ["serve.cli"], ["eval", "answer"], ["train"]], ids=" ".join)
+def test_both_forms_of_a_command_are_the_same(words: list[str], repository: Path) -> None:
+    shown = [
+        subprocess.run(
+            [sys.executable, "-m", module, *rest, "--help"], cwd=repository, capture_output=True, text=True, check=True
+        ).stdout
+        for module, rest in (("medllava", words), (f"medllava.{words[0]}", words[1:]))
+    ]
+    assert shown[0] == shown[1]
+
+
+def test_every_module_can_be_imported(repository: Path) -> None:
+    names = [module.name for module in pkgutil.walk_packages(medllava.__path__, "medllava.")]
+    assert len(names) > 80
+    script = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", script, *names], cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("package", ["medllava", "llm", "instruct_gen", "phantom", "serve.web", "serve.client", "demo"])
+def test_what_needs_no_torch_imports_none(package: str, repository: Path) -> None:
+    name = "medllava" if package == "medllava" else f"medllava.{package}"
+    folder = repository / Path(*name.split("."))
+    own = [name]
+    if package != "medllava" and folder.is_dir():
+        own += [module.name for module in pkgutil.iter_modules([str(folder)], f"{name}.")]
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'accelerate'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *own], cwd=repository, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -1,0 +1,80 @@
+"""Every file a person may choose in the four top-level folders loads as what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from medllava.config import load_recipe
+from medllava.errors import ConfigError
+from medllava.eval.benchmarks import load_benchmark
+from medllava.eval.judge import request as judge_request
+from medllava.eval.records import Question
+from medllava.instruct_gen.kinds import load_prompts
+from medllava.instruct_gen.prompts import load_prompt
+from medllava.instruct_gen.recipe import GenerateRecipe
+from medllava.train.config import load_training_recipe
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+KINDS = {
+    "train/recipes": "training", "instruct_gen/recipes": "generation", "instruct_gen/prompts": "prompt",
+    "eval/benchmarks": "benchmark", "eval/prompts": "judge",
+}
+"""Which folder holds what. A file elsewhere must be named here before it is added."""
+
+FILES = sorted(
+    path
+    for folder in ("instruct_gen", "train", "serve", "eval")
+    for path in (REPOSITORY / folder).rglob("*")
+    if path.is_file() and path.name != "README.md"
+)
+
+
+def test_every_kind_was_found() -> None:
+    found = {path.parent.relative_to(REPOSITORY).as_posix() for path in FILES}
+    assert found == KINDS.keys()
+    counts = {folder: sum(path.parent == REPOSITORY / folder for path in FILES) for folder in KINDS}
+    assert counts["train/recipes"] >= 5
+    assert counts["instruct_gen/recipes"] >= 2
+    assert counts["eval/benchmarks"] >= 5
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_it_loads_as_what_it_is(path: Path) -> None:
+    kind = KINDS[path.parent.relative_to(REPOSITORY).as_posix()]
+    if kind == "training":
+        assert load_training_recipe(path, []).seed >= 0
+    elif kind == "generation":
+        recipe = load_recipe(path, GenerateRecipe)
+        recipe = recipe.model_copy(update={"prompts": path.parent / recipe.prompts})
+        assert recipe.plans
+        assert load_prompts(recipe)
+    elif kind == "prompt":
+        assert load_prompt(path.parent, path.stem).hash
+    elif kind == "benchmark":
+        assert load_benchmark(str(path)).name == path.stem
+    else:
+        question = Question(
+            id="1", image=None, question="What is the odd-word-q?", kind="open", answer="odd-word-r", group="1"
+        )
+        text = str(judge_request(question, "odd-word-a", "judge", path.read_text()).messages)
+        assert all(word in text for word in ("odd-word-q", "odd-word-r", "odd-word-a"))
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.suffix == ".yaml"], ids=lambda path: path.stem)
+def test_a_misspelt_key_is_refused_with_a_suggestion(path: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(path.read_text())
+    key = max((key for key in values if key != "stage"), key=len)
+    values[f"{key}x"] = values.pop(key)
+    wrong = tmp_path / path.name
+    wrong.write_text(yaml.safe_dump(values))
+    kind = KINDS[path.parent.relative_to(REPOSITORY).as_posix()]
+    with pytest.raises(ConfigError, match=f'unknown key "{key}x"; did you mean "{key}"'):
+        if kind == "training":
+            load_training_recipe(wrong, [])
+        elif kind == "generation":
+            load_recipe(wrong, GenerateRecipe)
+        else:
+            load_benchmark(str(wrong))

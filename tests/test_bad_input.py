@@ -205,11 +205,13 @@ def training(repository: Path, data: Path, checkpoint: Path, out: Path, *more: s
     ]
 
 
-def test_a_missing_image_in_training_data(
+def test_a_missing_and_an_empty_image_in_training_data(
     run: Run, repository: Path, data: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     refused(run(*training(repository, data, checkpoint, out)), "images/2.png: no such image file")
+    (data.parent / "images" / "2.png").touch()
+    refused(run(*training(repository, data, checkpoint, out)), "images/2.png: the image is empty (0 bytes")
     assert not out.exists()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,6 @@ class ReplyCache:
         self.completion_tokens += reply.completion_tokens
 
 
-
 class CachedModel:
     """A text model that answers from ``cache`` where it can; equal requests in flight at once become one call."""
 
@@ -103,12 +103,17 @@ class CachedModel:
         if key not in self._pending:
             task = asyncio.create_task(self._ask(key, request))
             self._pending[key] = task
-            task.add_done_callback(lambda _: self._pending.pop(key, None))
+            task.add_done_callback(partial(self._ended, key))
         return await asyncio.shield(self._pending[key])
 
     async def drain(self) -> None:
         """Wait for the calls in flight, so that what is paid for is kept when a run ends early."""
         await asyncio.gather(*self._pending.values(), return_exceptions=True)
+
+    def _ended(self, key: str, task: asyncio.Task[Reply]) -> None:
+        self._pending.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # Seen, also where whoever waited for it was cancelled: asyncio would print a traceback.
 
     async def _ask(self, key: str, request: Request) -> Reply:
         reply = await self.inner.ask(request)

@@ -65,13 +65,19 @@ def split_exchanges(samples: Sequence[InstructionSample]) -> list[InstructionSam
 
 
 def check_images(samples: Sequence[InstructionSample], folder: Path) -> None:
-    """Every picture must be there before training starts. Raises DataError naming the first that is missing."""
+    """Every picture must be there, and not be empty, before training starts. Raises DataError naming the first."""
     names = dict.fromkeys(name for sample in samples for name in sample.images)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise DataError(
             f"{folder / missing[0]}: no such image file ({len(missing)} of {len(names)} images are missing);"
             " --images must be the folder that the data file's image paths start from"
+        )
+    empty = [name for name in names if not (folder / name).stat().st_size]
+    if empty:
+        raise DataError(
+            f"{folder / empty[0]}: the image is empty (0 bytes; {len(empty)} of {len(names)} images are);"
+            " find all faults with: python -m medllava.instruct_gen check"
         )
 
 

@@ -21,7 +21,7 @@ from medllava.errors import ConfigError, DataError, MedllavaError, run_cli
 from medllava.jsonl import read_rows
 from medllava.model import checkpoint
 from medllava.model.answerer import Answerer
-from medllava.train import forward
+from medllava.train import forward, loop
 from medllava.train.__main__ import main
 from medllava.train.config import Optim, load_training_recipe
 from medllava.train.loop import schedule
@@ -165,17 +165,17 @@ def test_stage_0_goes_on_after_a_stop(data: Any, stage0: Path, tmp_path: Path, m
         "--config", str(tmp_path / "recipe.json"), *data.arguments, "--captions", str(data.captions), "--out", str(out),
         "--resume",
     ]
-    real = forward.LanguageLoss.forward
+    real = loop._step
     calls = 0
 
-    def stop_once(self: Any, batch: Any) -> Any:
+    def stop_once(*given: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == 5:  # the second step of the language model, after the three of the image encoder
             raise KeyboardInterrupt
-        return real(self, batch)
+        return real(*given)
 
-    monkeypatch.setattr(forward.LanguageLoss, "forward", stop_once)
+    monkeypatch.setattr(loop, "_step", stop_once)
     with pytest.raises(KeyboardInterrupt):
         main(command)
     assert (out / "contrastive" / "tower.safetensors").is_file()
@@ -189,10 +189,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(
     real = forward.VisionLanguageLoss.forward
     monkeypatch.setattr(
         forward.VisionLanguageLoss, "forward",
-        lambda self, batch: real(self, batch) * (torch.nan if "q7" in batch.ids else 1.0),
+        lambda self, batch: real(self, batch) * (torch.nan if "q7-2" in batch.ids else 1.0),
     )
-    with pytest.raises(MedllavaError, match=r"loss is not finite at step \d+; the samples of this step: .*q7"):
-        train("stage2", data, tmp_path / "out", stage1, "optim.steps=20", "lora.r=2")
+    with pytest.raises(MedllavaError, match=r"loss is not finite at step \d+; the samples of this step: .*q7-2"):
+        train("stage2", data, tmp_path / "out", stage1, "optim.steps=20", "lora.r=2", "split_exchanges=true")
     assert not (tmp_path / "out" / "medllava.json").exists()
 
 
@@ -266,7 +266,8 @@ def test_plan_writes_nothing(data: Any, stage0: Path, tmp_path: Path, caplog: py
     with caplog.at_level("INFO"):
         assert train("stage2", data, tmp_path / "out", stage0, "--plan") == 0
     assert "tokens per epoch" in caplog.text
-    assert "1400 steps of 16 samples" in caplog.text
+    optim = load_training_recipe(RECIPES / "demo_stage2.yaml", []).optim
+    assert f"{optim.steps} steps of {optim.batch_size} samples" in caplog.text
     assert "frozen" in caplog.text
     assert list(tmp_path.iterdir()) == []
 

@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     steps = plan(out, arguments.seed, size)
     started = time.monotonic()
     with _only_one(out):
+        _same_demo(out, {"seed": arguments.seed, "quick": arguments.quick})
         _run_all(steps, out)
     _summary(out / "report" / "report.json", time.monotonic() - started)
     if arguments.no_web:
@@ -153,6 +154,15 @@ def main(argv: list[str] | None = None) -> int:
         "serve.web", "--model-path", str(out / "stage2"), "--examples", str(out / "held-out" / "narrated" / "frames"),
         "--port", str(arguments.port),
     ]).wait()
+
+
+def _same_demo(out: Path, settings: dict[str, object]) -> None:
+    """One folder holds one demo: videos of two seeds in it would be narrated together."""
+    record = out / "demo.json"
+    if not record.is_file():
+        write_json(record, settings)
+    elif (before := read_json(record)) != settings:
+        raise ConfigError(f"{out}: holds the demo of {before}, not of {settings}; choose another --out")
 
 
 def _run_all(steps: list[Step], out: Path) -> None:
@@ -182,8 +192,14 @@ def _run_all(steps: list[Step], out: Path) -> None:
 
 
 def _portable(command: list[str], out: Path) -> list[str]:
-    """The command without the places of this checkout and this output folder, so that both may be moved."""
-    return [word.replace(str(out), "OUT").replace(str(ROOT), "ROOT") for word in command]
+    """The command without the places of this checkout and this output folder, so that both may be moved; the checkout's
+    own files in it (recipes) by their content, so that an edited one counts as another command."""
+    told = []
+    for word in command:
+        told.append(word.replace(str(out), "OUT").replace(str(ROOT), "ROOT"))
+        if word.startswith(str(ROOT)) and Path(word).is_file() and not word.startswith(str(out)):
+            told.append(hashlib.sha256(Path(word).read_bytes()).hexdigest())
+    return told
 
 
 def _finished(marker: Path, key: str) -> bool:

@@ -91,15 +91,21 @@ class Contrastive(Recipe):
 
 
 class Language(Recipe):
-    """Stage 0b: next-word prediction on the texts of the conversations, without pictures.
+    """Stage 0b: next-word prediction on the conversations.
 
-    supervise: ``all`` text or only the assistant's ``answers``.
+    pictures: each text follows its picture, which the encoder of 0a shows to the language model through a projector
+        that is thrown away afterwards (a prefix language model, as SimVLM's; Wang et al. 2021). Without it the model
+        sees text alone, and learns to guess answers instead of looking them up, which later stages undo only slowly.
+    supervise: ``all`` text or only the assistant's ``answers``. split_exchanges, length_grouping: as in later stages.
     """
 
     optim: Optim
     kinds: tuple[str, ...] | None = None
     kind_weights: dict[str, float] = {}
     flip: bool = False
+    pictures: bool = False
+    split_exchanges: bool = False
+    length_grouping: bool = True
     max_length: int = 512
     supervise: Literal["all", "answers"] = "all"
 

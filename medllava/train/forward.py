@@ -37,18 +37,6 @@ class VisionLanguageLoss(nn.Module):
         return _loss(hidden, self.model.lm_head, batch)
 
 
-class LanguageLoss(nn.Module):
-    """The same for a causal language model without pictures."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        hidden = self.model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        return _loss(hidden, self.model.lm_head, batch)
-
-
 def _loss(hidden: torch.Tensor, head: nn.Module, batch: Batch) -> torch.Tensor:
     logits = head(hidden.flatten(0, 1)[batch.predict_positions])
     return functional.cross_entropy(logits.float(), batch.targets, reduction="sum")

@@ -40,7 +40,7 @@ from medllava.train.dataset import (
     read_samples,
     split_exchanges,
 )
-from medllava.train.forward import LanguageLoss, VisionLanguageLoss, vision_features
+from medllava.train.forward import VisionLanguageLoss, vision_features
 from medllava.train.loop import STATE_FILE, Group, Pace, fit
 from medllava.train.plots import LOG_FILE
 from medllava.train.stages import Part, format_table, select
@@ -101,13 +101,17 @@ def _foundation(recipe: FoundationRecipe, paths: Paths, samples: Sequence[Instru
     pair_steps = _steps(clip_part.optim, pair_order)
 
     wanted = [sample for sample in samples if language_part.kinds is None or sample.kind in language_part.kinds]
-    prompts = PromptBuilder(tokenizer, "medllava", tokens_per_image=0)
+    if language_part.split_exchanges:
+        wanted = split_exchanges(wanted)
+    patches = (recipe.vision.image_size // recipe.vision.patch_size) ** 2
+    prompts = PromptBuilder(tokenizer, "medllava", tokens_per_image=patches if language_part.pictures else 0)
     examples = Examples(
-        wanted, prompts, max_length=language_part.max_length, text_only=True,
+        wanted, prompts, max_length=language_part.max_length, text_only=not language_part.pictures,
         supervise_all=language_part.supervise == "all",
     )
     text_order = Order(
-        len(examples), language_part.optim.batch_size, recipe.seed, tuple(examples.lengths),
+        len(examples), language_part.optim.batch_size, recipe.seed,
+        tuple(examples.lengths) if language_part.length_grouping else None,
         kind_weights(examples.samples, language_part.kind_weights),
     )
     text_steps = _steps(language_part.optim, text_order)
@@ -128,7 +132,6 @@ def _foundation(recipe: FoundationRecipe, paths: Paths, samples: Sequence[Instru
 
     tower_file = paths.out / "contrastive" / "tower.safetensors"
     if not tower_file.is_file():
-        patches = (recipe.vision.image_size // recipe.vision.patch_size) ** 2
         data = ContrastiveData(
             pairs, clip_part, images=paths.images, processor=processor, patches=patches, seed=recipe.seed
         )
@@ -137,23 +140,34 @@ def _foundation(recipe: FoundationRecipe, paths: Paths, samples: Sequence[Instru
             Steps(pair_order, pair_steps, data.make), tower_file.parent, recipe, accelerator,
         )
         _write_part(clip.vision_model, tower_file)
+    tower = CLIPVisionModel(tiny.vision_config(recipe.vision, clip_part.projection_dim))
+    getattr(tower, "vision_model", tower).load_state_dict(load_file(tower_file))
     language_file = paths.out / "language" / "language.safetensors"
     if not language_file.is_file():
+        torch.manual_seed(recipe.seed)
+        reader = tiny.assemble(tower, language, tokenizer, feature_layer=recipe.vision.feature_layer)
+        reader.model.vision_tower.requires_grad_(False)
+        reader.model.multi_modal_projector.requires_grad_(language_part.pictures)
+        pictures = None
+        if language_part.pictures:
+            pictures = Pictures(paths.images, processor.image_processor)
+            names = list(dict.fromkeys(name for sample in examples.samples for name in sample.images))
+            pictures.cache(names, range(4) if language_part.flip else (0,), _encoder(reader, accelerator))
         make = micro_batches(
-            examples, None, accumulate=language_part.optim.accumulate,
+            examples, pictures, accumulate=language_part.optim.accumulate,
             flip_seed=recipe.seed if language_part.flip else None, pad_id=tokenizer.pad_token_id,
             image_token_id=prompts.image_token_id, rank=accelerator.process_index, processes=accelerator.num_processes,
         )
         _fit_all(
-            "0b language model", LanguageLoss(language), language_part.optim, Steps(text_order, text_steps, make),
+            "0b language model", VisionLanguageLoss(reader), language_part.optim, Steps(text_order, text_steps, make),
             language_file.parent, recipe, accelerator,
         )
+        language.model.load_state_dict(reader.model.language_model.state_dict())
+        language.lm_head.load_state_dict(reader.lm_head.state_dict())
         _write_part(language, language_file)
 
-    tower = CLIPVisionModel(tiny.vision_config(recipe.vision, clip_part.projection_dim))
-    getattr(tower, "vision_model", tower).load_state_dict(load_file(tower_file))
     language.load_state_dict(load_file(language_file))
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed + 1)  # another projector than the one that 0b threw away
     model = tiny.assemble(tower, language.cpu(), tokenizer, feature_layer=recipe.vision.feature_layer)
     if accelerator.is_main_process:
         checkpoint.save_full(paths.out, model, processor, chat_format="medllava", **_facts(recipe, paths))
@@ -166,7 +180,8 @@ def _fit_all(
     accelerator: Any,
 ) -> None:
     """Train every weight of a part of stage 0."""
-    group = Group(name, optim.learning_rate, dict(module.named_parameters()))
+    trained = {key: value for key, value in module.named_parameters() if value.requires_grad}
+    group = Group(name, optim.learning_rate, trained)
     fit(
         name=name, module=module, groups=[group], optim=optim, steps=len(steps), batches=steps, out=out,
         pace=Pace(recipe.seed, recipe.log_every, recipe.save_every), accelerator=accelerator,

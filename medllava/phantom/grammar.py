@@ -107,7 +107,8 @@ def ask_box(kind: str, rng: Chooser) -> str:
 
 
 def tell_box(box: Box) -> str:
-    return f"{format_box(box)}"
+    """The place in words before the numbers: a reader gets both, and a small model commits to the place first."""
+    return f"In the {box.centre.quadrant()}: {format_box(box)}."
 
 
 def ask_region(box: Box, rng: Chooser) -> str:

@@ -87,28 +87,28 @@ def plan(out: Path, seed: int, size: Size) -> list[Step]:
         Step("videos", "narrated videos for training", [
             "phantom", "--out", str(train_videos), "--videos", str(size.videos), "--seed", str(seed),
             "--fields", str(size.fields),
-        ], 1.5),
+        ], 0.9),
         Step("held-out-videos", "narrated videos that training never sees", [
             "phantom", "--out", str(held_videos), "--videos", str(size.held_out), "--seed", str(seed + 500_000),
             "--fields", str(size.fields),
         ], 0.3),
         Step("narrate", "video + speech -> stable chunks, cursor traces, grounded captions", [
             "instruct_gen", "narrate", "--videos", str(train_videos), "--out", str(out / "narrated"),
-        ], 1.5),
+        ], 1.0),
         Step("narrate-held-out", "the same for the held-out videos", [
             "instruct_gen", "narrate", "--videos", str(held_videos), "--out", str(held / "narrated"),
         ], 0.3),
         Step("generate", "grounded captions -> instruction samples, written by the teacher", [
             "instruct_gen", "generate", "--captions", str(out / "narrated" / "captions.jsonl"), "--out", str(data),
             "--config", str(ROOT / "instruct_gen" / "recipes" / "demo.yaml"), "--base-url", "TEACHER",
-        ], 1.0, needs_teacher=True),
-        Step("stage0", "foundation: contrastive image encoder and language model, from scratch", train("stage0"), 1.8),
+        ], 0.5, needs_teacher=True),
+        Step("stage0", "foundation: image encoder and language model, from scratch", train("stage0"), 5.0),
         Step("stage1", "instruction tuning, stage 1: projector only", train(
             "stage1", "--init-from", str(out / "stage0")
         ), 0.3),
         Step("stage2", "instruction tuning, stage 2: projector and LoRA", train(
             "stage2", "--init-from", str(out / "stage1"), "--eval-data", str(data / "val.json")
-        ), 5.0),
+        ), 1.7),
         Step("questions", "questions about the held-out videos, from their truth", [
             "phantom.questions", "--videos", str(held_videos), "--narratives",
             str(held / "narrated" / "narratives.jsonl"), "--out", str(held / "questions.jsonl"), "--seed", str(seed),

@@ -200,6 +200,8 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
         try:
             async with contextlib.aclosing(pieces):  # type: ignore[type-var]
                 async for piece in pieces:
+                    if not session.answering:
+                        return  # stopped meanwhile; the page says so, and a late piece must not write over it
                     said += piece
                     shown[-1]["content"] = said
                     yield shown, gr.skip(), gr.skip(), gr.skip()

@@ -290,7 +290,8 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
         viewer.opened(open_file, session, opened, cancels=running, **private)
         viewer.too_large(too_large, None, None, **private)
         strip.picked(open_example, session, opened, cancels=running, **private)
-        stop.click(stopped, session, chat, cancels=running, **private)
+        # First the end of the stream, then what the page says about it: together, a late piece may be shown last.
+        stop.click(None, cancels=running, **private).then(stopped, session, chat, **private)
         for event in (new.click, chat.clear):
             event(clear, session, [session, chat, viewer, drawn, text], cancels=running, **private)
         gr.Timer(STATUS_S).tick(refresh, choice, [head, choice], queue=False, **private)

@@ -83,7 +83,7 @@ def _merge(source: Path, target: Path) -> None:
     _refuse_existing(target)
     loaded = checkpoint.load(source, device="cpu")
     facts = loaded.manifest.model_dump(
-        include={"training_mpp", "box_format", "data_sha256", "recipe"}
+        include={"single_exchange", "training_mpp", "box_format", "data_sha256", "recipe"}
     )
     checkpoint.save_full(target, loaded.model, loaded.processor, chat_format=loaded.manifest.chat_format, **facts)
 

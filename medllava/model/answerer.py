@@ -148,8 +148,10 @@ class Answerer:
         import torch
 
         from medllava.model.pixels import pixel_values
-        from medllava.model.prompt import with_image_tag
+        from medllava.model.prompt import with_image_tag, without_history
 
+        if self.manifest.single_exchange:
+            questions = [(images, without_history(turns)) for images, turns in questions]
         prompts = [self._prompts.question(with_image_tag(turns, len(images))) for images, turns in questions]
         longest = max(len(prompt) for prompt in prompts)
         room = min(max_new_tokens, self._context - longest)

@@ -31,6 +31,7 @@ class Manifest(BaseModel):
         an absolute path is taken as it is, anything else is a Hugging Face hub id, with ``revision``.
     chat_format: see :mod:`medllava.model.prompt`.
     image_size: side of the model's input, pixels. padding: ``square`` pads the picture to a square first.
+    single_exchange: the model was trained on questions without a history, so earlier turns stay out of its prompts.
     training_mpp: micrometres per pixel of the training images, if known.
     data_sha256, recipe, versions: what the weights were made from.
     """
@@ -43,6 +44,7 @@ class Manifest(BaseModel):
     chat_format: str
     image_size: int
     padding: Padding = "square"
+    single_exchange: bool = False
     training_mpp: float | None = None
     box_format: str = "[x1, y1, x2, y2], 0..1 of the original image"
     data_sha256: str | None = None

@@ -212,6 +212,12 @@ def with_image_tag(turns: Sequence[Turn], images: int) -> list[Turn]:
     return placed
 
 
+def without_history(turns: Sequence[Turn]) -> list[Turn]:
+    """The system's and the last user's turn, the latter without tags: for models trained on single exchanges."""
+    system = [turn for turn in turns[:1] if turn.role == "system"]
+    return [*system, Turn(role="user", text=turns[-1].text.replace(IMAGE_TAG, "").strip())]
+
+
 def _inside(start: int, end: int, spans: Sequence[tuple[int, int]], where: str) -> bool:
     for first, last in spans:
         if start < last and end > first:

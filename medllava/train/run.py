@@ -279,6 +279,7 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         model.eval()
         # Stage 1's own format has no questions; its checkpoint is talked to in the format of its base.
         facts = _facts(recipe, paths, training_mpp=recipe.training_mpp or source.training_mpp)
+        facts["single_exchange"] = recipe.split_exchanges
         facts["chat_format"] = source.chat_format if chat_format == "plain" else chat_format
         base = loaded.base or paths.init_from
         if recipe.stage == "projector":

@@ -119,6 +119,17 @@ def test_history_is_part_of_the_prompt(answerer: Answerer) -> None:
     )
 
 
+def test_a_model_of_single_exchanges_is_asked_without_the_history(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = Image.new("RGB", (40, 30), "pink")
+    question = Turn(role="user", text="Where is the gland?")
+    history = [Turn(role="user", text="<image>\nHow many findings?"), Turn(role="assistant", text="2 findings.")]
+    alone = answerer.answer([picture], [question], max_new_tokens=4)
+    monkeypatch.setattr(answerer, "manifest", answerer.manifest.model_copy(update={"single_exchange": True}))
+    assert answerer.answer([picture], [*history, question], max_new_tokens=4) == alone
+
+
 def test_no_gradients_are_kept(answerer: Answerer) -> None:
     answerer.answer(PICTURES[:1], ask("Where?"), max_new_tokens=2)
     assert torch.is_grad_enabled()

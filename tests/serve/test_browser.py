@@ -391,15 +391,23 @@ def test_a_closed_page_is_forgotten(worker: Any, serve: Serve, browser: Browser,
 
 @pytest.mark.skipif("MEDLLAVA_SCREENSHOT_MODEL" not in os.environ, reason="for the README: names a trained checkpoint")
 def test_picture_for_the_readme(
-    start_worker: Any, serve: Serve, tab: Page, tissue: Path, examples: tuple[Path, ...], tmp_path: Path
+    start_worker: Any, serve: Serve, tab: Page, examples: tuple[Path, ...], tmp_path: Path
 ) -> None:
     """Saves the page with what a trained model answers to MEDLLAVA_SCREENSHOT; asserts nothing of the answers."""
+    rng = np.random.default_rng(3)
+    field = [
+        Finding("gland", (70, 50, 250, 220)), Finding("blood vessel", (390, 270, 570, 430)),
+        Finding("psammoma body", (420, 50, 560, 180)),
+    ]
+    path = tmp_path / "field.png"
+    Image.fromarray(render_tissue(rng, 640, 480, field, sample_stain(rng), scale=2.0)).save(path)
     model = Answerer.load(os.environ["MEDLLAVA_SCREENSHOT_MODEL"])
     tab.goto(serve(start_worker(load=lambda: model).url, examples=examples))
-    open_image(tab, tissue)
-    x, y, scale = shown_picture(tab, 1200, 600)
-    drag(tab, (x + 690 * scale, y + 140 * scale), (x + 1050 * scale, y + 400 * scale))
-    for number, question in enumerate(("What is in this region?", "Where is the gland?", "Mark the gland."), start=1):
+    open_image(tab, path)
+    x, y, scale = shown_picture(tab, 640, 480)
+    drag(tab, (x + 390 * scale, y + 270 * scale), (x + 570 * scale, y + 430 * scale))
+    questions = ("What is in this region?", "Where is the gland?", "Mark the gland in this image.")
+    for number, question in enumerate(questions, start=1):
         ask(tab, question)
         expect(tab.locator("#chat .message.bot")).to_have_count(number)
         expect(last_answer(tab)).not_to_have_text("…")

@@ -21,11 +21,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medllava.errors import ConfigError, DataError
 from medllava.jsonl import read_json, write_json, write_records
 from medllava.processes import end_with_parent
+
+if TYPE_CHECKING:
+    from medllava.instruct_gen.narrator import Options
 
 HELP = "narrated videos + transcripts -> narratives.jsonl, captions.jsonl, frames/"
 
@@ -42,6 +45,7 @@ class Task:
     video: Path
     transcripts: Path | None
     out: Path
+    options: Options
 
     @property
     def part(self) -> Path:
@@ -57,12 +61,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from medllava.instruct_gen.narrator import Options
+
     if args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: expected 1 or more")
     if args.transcripts is not None and not args.transcripts.is_dir():
         raise ConfigError(f"--transcripts {args.transcripts}: no such folder")
     videos = find_videos(args.videos)
-    tasks = [Task(video, args.transcripts, args.out) for video in videos]
+    options = Options()
+    tasks = [Task(video, args.transcripts, args.out, options) for video in videos]
     failures = dict(_work(tasks, args.workers))
     done = [task for task in tasks if task.video.name not in failures]
     if not done:
@@ -143,10 +150,10 @@ def narrate_one(task: Task) -> str | None:
         except DataError:
             VideoReader(task.video)  # Of a damaged video without a transcript, the damage is what to hear of.
             raise
-        stamp = fingerprint(task.video, transcript)
+        stamp = fingerprint(task.options, task.video, transcript)
         if _is_done(task, stamp):
             return None
-        result = narrate(task.video, transcript, task.out)
+        result = narrate(task.video, transcript, task.out, task.options)
     except DataError as error:
         task.part.unlink(missing_ok=True)
         return str(error)

@@ -37,6 +37,14 @@ RESTING = 0.5
 
 
 @dataclass(frozen=True)
+class Options:
+    """What a person may choose about narrating; part of the fingerprint of finished work."""
+
+
+DEFAULTS = Options()
+
+
+@dataclass(frozen=True)
 class Result:
     """What one video gives."""
 
@@ -56,7 +64,7 @@ class _Chunk:
     spots: Spots
 
 
-def narrate(video: Path, transcript: Path, out: Path) -> Result:
+def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULTS) -> Result:
     """Work through one video; its frames go to ``out/frames``. Raises DataError naming the file that is at fault."""
     cv2.setNumThreads(1)
     reader = VideoReader(video)
@@ -98,9 +106,9 @@ def narrate(video: Path, transcript: Path, out: Path) -> Result:
     return Result(reader.video, tuple(narratives), tuple(captions))
 
 
-def fingerprint(*files: Path) -> str:
-    """Changes when a file or the code of this step changes: work done under another fingerprint is done again."""
-    digest = hashlib.sha256()
+def fingerprint(options: Options, *files: Path) -> str:
+    """Changes when the options, a file or the code of this step does: then the work is done again."""
+    digest = hashlib.sha256(repr(options).encode())
     for code in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(code.read_bytes())
     for path in files:

@@ -55,12 +55,22 @@ class TracePoint(_Record):
         return [round(self.t_s, 3), round(self.x, 4), round(self.y, 4), round(self.confidence, 3)]
 
 
-class Utterance(_Record):
-    """A spoken sentence or phrase with its times."""
+class Word(_Record):
+    """One spoken word with its times. ``confidence`` 0..1 is the recogniser's, where it gives one."""
 
     start_s: float = Field(ge=0)
     end_s: float
     text: str = Field(min_length=1)
+    confidence: float | None = Field(default=None, ge=0, le=1)
+
+
+class Utterance(_Record):
+    """A spoken sentence or phrase with its times; ``words`` only where the transcript times every one of them."""
+
+    start_s: float = Field(ge=0)
+    end_s: float
+    text: str = Field(min_length=1)
+    words: tuple[Word, ...] = ()
 
 
 class Narrative(_Record):

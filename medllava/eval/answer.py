@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     from medllava.eval.benchmarks import load_benchmark, questions_hash, read_questions
     from medllava.eval.pictures import Pictures
     from medllava.jsonl import write_records
+    from medllava.model.manifest import current_versions, now
 
     if arguments.batch < 1 or (arguments.limit is not None and arguments.limit < 1):
         raise ConfigError("--batch and --limit must be at least 1")
@@ -95,9 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
             "images_sha256": pictures.sha256(),
             "images": str(images.resolve()),
             "decoding": {"temperature": 0.0, "max_new_tokens": benchmark.max_new_tokens},
-            "versions": provenance.versions(),
+            "versions": current_versions(),
             "command": provenance.command("answer"),
-            "date": provenance.now(),
+            "date": now(),
         },
     )
     write_records(arguments.out / "questions.jsonl", questions)

@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     from medllava.jsonl import write_json, write_records
     from medllava.llm.cache import CachedModel, ReplyCache
     from medllava.llm.openai_api import OpenAIModel, resolve_api_key, resolve_base_url
+    from medllava.model.manifest import current_versions, now
 
     questions, skipped = read_question_file(arguments.questions or arguments.answers.parent / "questions.jsonl")
     asked = [question for question in questions if not arguments.kinds or question.kind in arguments.kinds]
@@ -94,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             "judge": arguments.model, "base_url": url, "prompt_sha256": hashlib.sha256(template.encode()).hexdigest(),
             "temperature": 0.0, "model": made.get("model") or ", ".join(sorted({answer.model for answer in answers})),
             "model_sha256": made.get("model_sha256"), "questions_sha256": questions_hash(asked),
-            "versions": provenance.versions(), "command": provenance.command("judge"), "date": provenance.now(),
+            "versions": current_versions(), "command": provenance.command("judge"), "date": now(),
         },
     )
     write_records(arguments.out / "judgements.jsonl", verdicts)

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import platform
 import shlex
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import medllava
 from medllava.errors import ConfigError
 from medllava.jsonl import read_json, write_json
 
-PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy", "pillow", "openai")
 _MODEL_FILES = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"}
 
 SAME = ("benchmark", "model", "model_sha256", "questions_sha256", "images_sha256", "decoding")
 """What must not change between two runs that append to the same answers."""
-
-
-def versions() -> dict[str, str]:
-    """The packages that can change an answer or a score."""
-    found = {"medllava": medllava.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def command(step: str, *, without: tuple[str, ...] = ("--out",)) -> str:

@@ -77,6 +77,7 @@ def score_files(answers: Path, questions: Path | None = None, *, seed: int = 0) 
     from medllava.eval.benchmarks import questions_hash, read_question_file
     from medllava.eval.metrics import RESAMPLES, grade_all, summarise
     from medllava.jsonl import read_records
+    from medllava.model.manifest import current_versions, now
 
     source = questions or answers.parent / "questions.jsonl"
     if not source.exists():
@@ -92,9 +93,9 @@ def score_files(answers: Path, questions: Path | None = None, *, seed: int = 0) 
         "questions_sha256": questions_hash(asked),
         "answers_sha256": _answers_hash(given),
         "scoring": {"resamples": RESAMPLES, "seed": seed, "unit": "group"},
-        "versions": made.get("versions") or provenance.versions(),
+        "versions": made.get("versions") or current_versions(),
         "command": made.get("command") or provenance.command("score"),
-        "date": made.get("date") or provenance.now(),
+        "date": made.get("date") or now(),
     }
     origin.setdefault("model", ", ".join(sorted({answer.model for answer in given})))
     report = summarise(rows, origin, seed=seed)

@@ -6,6 +6,7 @@ Nothing is ever read from a folder's name. The manifest is written last: a folde
 from __future__ import annotations
 
 import hashlib
+import platform
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,8 @@ from medllava.errors import CheckpointError
 from medllava.jsonl import describe, read_json, write_json
 
 FILE = "medllava.json"
+
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "pillow", "openai")
 
 Kind = Literal["full", "projector", "lora"]
 Padding = Literal["square", "none"]
@@ -69,9 +72,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def current_versions() -> dict[str, str]:
-    """Versions of the packages that decide what a checkpoint computes."""
-    found = {"medllava": __version__}
-    for package in ("torch", "transformers", "peft", "accelerate", "tokenizers", "pillow"):
+    """Versions of what decides the numbers that a checkpoint computes and the scores it gets."""
+    found = {"medllava": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -114,26 +114,27 @@ async def ask_all(plan: Plan, model: TextModel, cache: ReplyCache) -> Trouble:
     trouble = Trouble()
     try:
         questions = list(plan.facts_by_video())
-        await _ask_each(
+        await ask_each(
             "case facts", questions, len(questions),
-            lambda question: _drive(*question, model, trouble), plan, cache,
+            lambda question: drive(*question, model, trouble), plan.recipe, cache,
         )
         facts = {video: found for video, found in read_facts(plan, cache) if isinstance(found, CaseFacts)}
         count = sum(1 for _ in plan.tasks(facts))
-        await _ask_each(
+        await ask_each(
             "samples", plan.tasks(facts), count,
-            lambda task: _drive(task.id, plan.steps(task), model, trouble), plan, cache,
+            lambda task: drive(task.id, plan.steps(task), model, trouble), plan.recipe, cache,
         )
     except BudgetError as error:
         trouble.stopped = str(error)
     return trouble
 
 
-async def _ask_each(
-    name: str, items: Iterable[Item], count: int, ask: Callable[[Item], Awaitable[None]], plan: Plan, cache: ReplyCache
+async def ask_each(
+    name: str, items: Iterable[Item], count: int, ask: Callable[[Item], Awaitable[None]], recipe: GenerateRecipe,
+    cache: ReplyCache,
 ) -> None:
     """Ask under a bar with ETA, and replies, tokens and money beside it."""
-    price = plan.recipe.usd_per_million
+    price = recipe.usd_per_million
     with tqdm(total=count, desc=name, unit="", smoothing=0.05, disable=not count) as bar:
 
         async def ask_one(item: Item) -> None:
@@ -143,10 +144,11 @@ async def _ask_each(
             bar.set_postfix_str(f"{len(cache):,} replies, {tokens / 1000:,.0f}k tokens{money}", refresh=False)
             bar.update()
 
-        await for_each(items, ask_one, plan.recipe.concurrency)
+        await for_each(items, ask_one, recipe.concurrency)
 
 
-async def _drive(id: str, steps: DraftSteps | FactsSteps, model: TextModel, trouble: Trouble) -> None:
+async def drive(id: str, steps: Generator[Request, Reply, Any], model: TextModel, trouble: Trouble) -> None:
+    """Send ``steps`` their replies; why some are absent goes to ``trouble``."""
     try:
         request = next(steps)
         while True:

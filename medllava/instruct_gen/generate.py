@@ -19,130 +19,39 @@ example:
 from __future__ import annotations
 
 import argparse
-import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from medllava.instruct_gen.asking import Plan, Trouble
-    from medllava.instruct_gen.recipe import GenerateRecipe
-    from medllava.instruct_gen.records import GroundedCaption
-    from medllava.llm.cache import ReplyCache
 
 HELP = "grounded captions -> instruction samples, by asking a teacher model"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--captions", type=Path, required=True, metavar="FILE", help="captions.jsonl from narrate")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the results and the kept replies")
-    add("--config", type=Path, required=True, metavar="RECIPE", help="YAML recipe")
-    add("--base-url", metavar="URL", help="OpenAI-compatible endpoint (default: OPENAI_BASE_URL, else OpenAI's)")
-    add("--api-key-file", type=Path, metavar="FILE", help="file with the API key (default: OPENAI_API_KEY)")
-    add("--model", help="the teacher's name at the endpoint (default: the recipe's)")
-    add("--concurrency", type=int, metavar="N", help="calls in flight at once (default: the recipe's)")
-    add("--dry-run", action="store_true", help="print calls, tokens and money; make no call, write nothing")
-    add(
-        "--max-usd", type=float, metavar="X",
-        help="stop before the replies of this folder, earlier runs included, cost more than X dollars",
-    )
-    add("--seed", type=int, metavar="S", help="seed of the split and of all choices (default: the recipe's)")
-    add("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+    from medllava.instruct_gen.endpoint import add_flags
+
+    add_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    import asyncio
-
-    from medllava.errors import ConfigError
-    from medllava.instruct_gen.asking import Plan
+    from medllava.instruct_gen.asking import Plan, ask_all
     from medllava.instruct_gen.assemble import write_results
+    from medllava.instruct_gen.endpoint import Address, read_captions, read_recipe
     from medllava.instruct_gen.kinds import load_prompts
     from medllava.llm.cache import ReplyCache
-    from medllava.llm.openai_api import is_loopback, resolve_api_key, resolve_base_url
 
-    recipe = _read_recipe(args)
-    plan = Plan(_read_captions(args.captions, recipe.max_captions), recipe, load_prompts(recipe))
-    base_url = resolve_base_url(args.base_url)
-    if args.max_usd is not None and recipe.usd_per_million is None:
-        raise ConfigError(f"{args.config}: --max-usd needs the price, usd_per_million: {{input: ..., output: ...}}")
+    recipe = read_recipe(args)
+    plan = Plan(read_captions(args.captions, recipe.max_captions), recipe, load_prompts(recipe))
+    address = Address.of(args, recipe)
     if args.dry_run:
-        return _dry_run(plan, args.out, base_url)
-    api_key = resolve_api_key(base_url, args.api_key_file)
-    if is_loopback(base_url):
-        _check_listening(base_url)
-    else:
-        print(
-            f"notice: what was said in {len(plan.captions)} captions, with box coordinates (no image, no video, no file"
-            f" name) will be sent to {base_url}, model {recipe.model}",
-            file=sys.stderr,
-        )
+        return _dry_run(plan, args.out, address.base_url)
+    address.announce(f"what was said in {len(plan.captions)} captions, with box coordinates", recipe.model)
     with ReplyCache(args.out / "replies.jsonl") as cache:
-        trouble = asyncio.run(_ask(plan, cache, base_url, api_key, args.max_usd))
+        trouble = address.ask(recipe, cache, lambda model: ask_all(plan, model, cache))
         summary = write_results(plan, cache, trouble, args.out)
     _print_summary(summary, args.out)
     return _exit_code(summary, trouble, args.out)
-
-
-async def _ask(plan: Plan, cache: ReplyCache, base_url: str, api_key: str, max_usd: float | None) -> Trouble:
-    from medllava.instruct_gen.asking import ask_all
-    from medllava.llm.base import TextModel
-    from medllava.llm.budget import BudgetedModel
-    from medllava.llm.cache import CachedModel
-    from medllava.llm.openai_api import OpenAIModel
-
-    price = plan.recipe.usd_per_million
-    endpoint = OpenAIModel(base_url, api_key, concurrency=plan.recipe.concurrency)
-    model: TextModel = endpoint
-    if max_usd is not None and price is not None:
-        model = BudgetedModel(endpoint, price, max_usd, price.usd(cache.prompt_tokens, cache.completion_tokens))
-    cached = CachedModel(model, cache)
-    try:
-        return await ask_all(plan, cached, cache)
-    finally:
-        await cached.drain()
-        await endpoint.close()
-
-
-def _read_recipe(args: argparse.Namespace) -> GenerateRecipe:
-    from medllava.config import load_recipe
-    from medllava.instruct_gen.recipe import GenerateRecipe
-
-    flags = {"model": args.model, "concurrency": args.concurrency, "seed": args.seed}
-    overrides = [*args.overrides, *(f"{name}={value}" for name, value in flags.items() if value is not None)]
-    recipe = load_recipe(args.config, GenerateRecipe, overrides)
-    return recipe.model_copy(update={"prompts": args.config.parent / recipe.prompts})
-
-
-def _read_captions(path: Path, most: int | None) -> list[GroundedCaption]:
-    from itertools import islice
-
-    from medllava.errors import DataError
-    from medllava.instruct_gen.records import GroundedCaption
-    from medllava.jsonl import read_records
-
-    captions = list(islice(read_records(path, GroundedCaption), most))
-    if not captions:
-        raise DataError(f"{path}: no captions in it; make some with: python -m medllava.instruct_gen narrate")
-    repeated = [id for id, count in Counter(caption.id for caption in captions).items() if count > 1]
-    if repeated:
-        raise DataError(f"{path}: the id {repeated[0]!r} occurs more than once; ids must be unique")
-    return captions
-
-
-def _check_listening(base_url: str) -> None:
-    """Find out at once, instead of after all retries, that a server on this machine was not started."""
-    import socket
-    from urllib.parse import urlsplit
-
-    from medllava.errors import ServiceError
-
-    parts = urlsplit(base_url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname or "", port), timeout=5).close()
-    except OSError as error:
-        raise ServiceError(f"{base_url}: nothing answers there ({error.strerror or error}); start it first") from error
 
 
 def _dry_run(plan: Plan, out: Path, base_url: str) -> int:

@@ -1,0 +1,139 @@
+"""What the commands that ask a text model share: their flags, their recipe and captions, the way to the endpoint."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
+
+from medllava.errors import ConfigError, DataError, ServiceError
+
+if TYPE_CHECKING:
+    from medllava.instruct_gen.recipe import GenerateRecipe
+    from medllava.instruct_gen.records import GroundedCaption
+    from medllava.llm.base import TextModel
+    from medllava.llm.cache import ReplyCache
+
+Result = TypeVar("Result")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that asks a text model about captions."""
+    add = parser.add_argument
+    add("--captions", type=Path, required=True, metavar="FILE", help="captions.jsonl from narrate")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the results and the kept replies")
+    add("--config", type=Path, required=True, metavar="RECIPE", help="YAML recipe")
+    add("--base-url", metavar="URL", help="OpenAI-compatible endpoint (default: OPENAI_BASE_URL, else OpenAI's)")
+    add("--api-key-file", type=Path, metavar="FILE", help="file with the API key (default: OPENAI_API_KEY)")
+    add("--model", help="the teacher's name at the endpoint (default: the recipe's)")
+    add("--concurrency", type=int, metavar="N", help="calls in flight at once (default: the recipe's)")
+    add("--dry-run", action="store_true", help="print calls, tokens and money; make no call, write nothing")
+    add(
+        "--max-usd", type=float, metavar="X",
+        help="stop before the replies of this folder, earlier runs included, cost more than X dollars",
+    )
+    add("--seed", type=int, metavar="S", help="seed of the split and of all choices (default: the recipe's)")
+    add("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+
+
+def read_recipe(args: argparse.Namespace) -> GenerateRecipe:
+    """The recipe with the flags' values in it; its ``prompts`` is a path as the process sees it."""
+    from medllava.config import load_recipe
+    from medllava.instruct_gen.recipe import GenerateRecipe
+
+    flags = {"model": args.model, "concurrency": args.concurrency, "seed": args.seed}
+    overrides = [*args.overrides, *(f"{name}={value}" for name, value in flags.items() if value is not None)]
+    recipe = load_recipe(args.config, GenerateRecipe, overrides)
+    return recipe.model_copy(update={"prompts": args.config.parent / recipe.prompts})
+
+
+def read_captions(path: Path, most: int | None = None) -> list[GroundedCaption]:
+    """The first ``most`` captions of a file. Raises DataError where there is none or an id occurs twice."""
+    from medllava.instruct_gen.records import GroundedCaption
+    from medllava.jsonl import read_records
+
+    captions = list(islice(read_records(path, GroundedCaption), most))
+    if not captions:
+        raise DataError(f"{path}: no captions in it; make some with: python -m medllava.instruct_gen narrate")
+    repeated = [id for id, count in Counter(caption.id for caption in captions).items() if count > 1]
+    if repeated:
+        raise DataError(f"{path}: the id {repeated[0]!r} occurs more than once; ids must be unique")
+    return captions
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the calls go, and what they may cost."""
+
+    base_url: str
+    api_key_file: Path | None
+    max_usd: float | None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, recipe: GenerateRecipe) -> Address:
+        from medllava.llm.openai_api import resolve_base_url
+
+        if args.max_usd is not None and recipe.usd_per_million is None:
+            raise ConfigError(
+                f"{args.config}: --max-usd needs the price, usd_per_million: {{input: ..., output: ...}}"
+            )
+        return cls(resolve_base_url(args.base_url), args.api_key_file, args.max_usd)
+
+    def announce(self, what: str, model: str) -> None:
+        """Say what will leave this machine, and where it goes; a server on this machine must be listening."""
+        from medllava.llm.openai_api import is_loopback, resolve_api_key
+
+        resolve_api_key(self.base_url, self.api_key_file)
+        if is_loopback(self.base_url):
+            self._check_listening()
+        else:
+            print(
+                f"notice: {what} (no image, no video, no file name) will be sent to {self.base_url}, model {model}",
+                file=sys.stderr,
+            )
+
+    def ask(
+        self, recipe: GenerateRecipe, cache: ReplyCache, work: Callable[[TextModel], Awaitable[Result]]
+    ) -> Result:
+        """What ``work`` makes of a model behind the budget that keeps its replies in ``cache``."""
+        return asyncio.run(self._ask(recipe, cache, work))
+
+    async def _ask(
+        self, recipe: GenerateRecipe, cache: ReplyCache, work: Callable[[TextModel], Awaitable[Result]]
+    ) -> Result:
+        from medllava.llm.budget import BudgetedModel
+        from medllava.llm.cache import CachedModel
+        from medllava.llm.openai_api import OpenAIModel, resolve_api_key
+
+        price = recipe.usd_per_million
+        api_key = resolve_api_key(self.base_url, self.api_key_file)
+        endpoint = OpenAIModel(self.base_url, api_key, concurrency=recipe.concurrency)
+        model: TextModel = endpoint
+        if self.max_usd is not None and price is not None:
+            spent_usd = price.usd(cache.prompt_tokens, cache.completion_tokens)
+            model = BudgetedModel(endpoint, price, self.max_usd, spent_usd)
+        cached = CachedModel(model, cache)
+        try:
+            return await work(cached)
+        finally:
+            await cached.drain()
+            await endpoint.close()
+
+    def _check_listening(self) -> None:
+        """Find out at once, instead of after all retries, that a server on this machine was not started."""
+        parts = urlsplit(self.base_url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            socket.create_connection((parts.hostname or "", port), timeout=5).close()
+        except OSError as error:
+            raise ServiceError(
+                f"{self.base_url}: nothing answers there ({error.strerror or error}); start it first"
+            ) from error

@@ -18,7 +18,7 @@ Chat formats:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +53,15 @@ TEMPLATES = {
         "{% set system = \"" + _SYSTEM + "\" %}{% endif %}"
         "{{ bos_token + system + ' ' }}{% for turn in messages %}{% if turn['role'] == 'assistant' %}"
         "{{ 'ASSISTANT:' }}{% generation %}{{ ' ' + content(turn) + eos_token }}{% endgeneration %}"
-        "{% elif turn['role'] == 'user' %}{{ 'USER: ' + content(turn) + ' ' }}{% endif %}{% endfor %}"
+        "{% elif turn['role'] == 'user' %}{% set said = content(turn) %}{{ 'USER:' }}"
+        "{% if said %}{{ ' ' + said + ' ' }}{% endif %}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
     ),
 }
 """Built-in chat formats as Jinja templates; they are copied into the checkpoints that use them."""
+
+_SPACE = "\u2581"
+"""How SentencePiece writes a space."""
 
 CHAT_FORMATS = ("plain", *TEMPLATES, "template")
 
@@ -92,6 +96,9 @@ class PromptBuilder:
                 "the checkpoint's folder holds no chat template (chat_template.jinja); set chat_format to one of: "
                 + ", ".join(CHAT_FORMATS[:-1])
             )
+        # SentencePiece models of the Llama family put a space in front of every stretch they are given.
+        first = tokenizer.tokenize("a")
+        self._space = bool(first) and first[0].startswith(_SPACE)
         ends = sorted({str(token) for token in tokenizer.all_special_tokens} - {image_token}, key=len, reverse=True)
         self._end = re.compile(r"\s*(" + "|".join(re.escape(token) for token in ends) + ")") if ends else None
 
@@ -109,6 +116,10 @@ class PromptBuilder:
         not even the first one fits. Raises DataError if no token is supervised or the turns do not fit the format.
         """
         kept = list(turns)
+        while len(kept) > 1 and kept[0].role == "assistant":  # it answers nothing; LLaVA leaves it out, too
+            kept = kept[1:]
+        if any(IMAGE_TAG in turn.text for turn in kept if turn.role == "assistant"):
+            raise DataError(f"{where}: {IMAGE_TAG} stands in an answer; pictures belong to the user's turns")
         while True:
             text, spans = self._plain(kept, where) if self.chat_format == "plain" else self._chat(kept, where)
             input_ids, labels = self._encode(text, spans, where)
@@ -160,6 +171,8 @@ class PromptBuilder:
         return whole, spans
 
     def _render(self, turns: Sequence[Turn], *, generation_prompt: bool) -> str:
+        if self.chat_format == "vicuna_v1":
+            turns = [_image_first(turn) for turn in turns]
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         text: str = self.tokenizer.apply_chat_template(
             messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
@@ -182,13 +195,42 @@ class PromptBuilder:
                 input_ids += [self.image_token_id] * self.tokens_per_image
                 labels += [IGNORE] * self.tokens_per_image
                 position += len(IMAGE_TAG)
-            if stretch:
-                found = self.tokenizer(stretch, add_special_tokens=False, return_offsets_mapping=True)
-                for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
-                    input_ids.append(token)
-                    labels.append(token if _inside(position + start, position + end, spans, where) else IGNORE)
+            for token, start, end in self._tokens(stretch):
+                input_ids.append(token)
+                labels.append(token if _inside(position + start, position + end, spans, where) else IGNORE)
             position += len(stretch)
         return input_ids, labels
+
+    def _tokens(self, stretch: str) -> Iterator[tuple[int, int, int]]:
+        """(id, start, end) of each token of a text without pictures.
+
+        In LLaVA's own formats a SentencePiece vocabulary is used as the released weights were trained with it
+        (transformers 4.31): a space goes in front of the stretch even where one is there, and what follows ``</s>`` is
+        tokenized as if alone, but loses that space (``US`` ``ER``, where later versions give ``USER``).
+        """
+        if not self._space or self.chat_format not in ("plain", "vicuna_v1"):
+            yield from self._offsets(stretch)
+            return
+        end_token = self.tokenizer.eos_token
+        at = 0
+        for number, piece in enumerate(re.split(f"(?<={re.escape(end_token)})", stretch)):
+            added = int(piece.startswith(" "))
+            for place, (token, start, end) in enumerate(self._offsets(" " * added + piece)):
+                if number and not added and not place:
+                    token = self._without_space(token)
+                yield token, at + max(start - added, 0), at + max(end - added, 0)
+            at += len(piece)
+
+    def _offsets(self, text: str) -> Iterator[tuple[int, int, int]]:
+        if text:
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+                yield token, start, end
+
+    def _without_space(self, token: int) -> int:
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        bare = self.tokenizer.convert_tokens_to_ids(piece[1:]) if len(piece) > 1 and piece[0] == _SPACE else None
+        return token if bare is None or bare == self.tokenizer.unk_token_id else int(bare)
 
     def _bos(self) -> str:
         return self.tokenizer.bos_token or ""
@@ -210,6 +252,14 @@ def with_image_tag(turns: Sequence[Turn], images: int) -> list[Turn]:
     if tags != images:
         raise DataError(f"{tags} {IMAGE_TAG} tags for {images} images; they must be equal")
     return placed
+
+
+def _image_first(turn: Turn) -> Turn:
+    """A user turn with one picture as LLaVA trains on it: the picture's tag, a line break, the rest without the spaces
+    around it."""
+    if turn.role != "user" or turn.text.count(IMAGE_TAG) != 1:
+        return turn
+    return Turn(role="user", text=f"{IMAGE_TAG}\n{turn.text.replace(IMAGE_TAG, '').strip()}".strip())
 
 
 def without_history(turns: Sequence[Turn]) -> list[Turn]:

@@ -74,11 +74,13 @@ def _preview(arguments: list[str]) -> int:
 
     from medllava.train.preview import preview
 
-    count = preview(
+    count, refused = preview(
         given.tokenizer, given.chat_format, given.data, given.out, tokens_per_image=given.tokens_per_image,
         max_length=given.max_length,
     )
     print(f"wrote {count} samples to {given.out}")
+    if refused:
+        print(f"warning: training would refuse {refused} of them; 'error' in their lines says why", file=sys.stderr)
     return 0
 
 

@@ -31,19 +31,23 @@ INDEPENDENT_KINDS = ("conversation", "grounding", "vqa")
 
 def read_samples(path: Path, kinds: Sequence[str] | None = None) -> list[InstructionSample]:
     """The samples of a LLaVA JSON file, of the given kinds. Raises DataError naming the row, or if none is left."""
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of samples (LLaVA JSON), got {type(rows).__name__}")
-    samples = []
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: row {number}: expected an object, got {type(row).__name__}")
-        samples.append(sample_from_llava(row, f"{path}: row {number}"))
+    samples = [sample_from_llava(row, f"{path}: row {number}") for number, row in enumerate(read_llava(path))]
     kept = [sample for sample in samples if kinds is None or sample.kind in kinds]
     if not kept:
         found = ", ".join(sorted({sample.kind for sample in samples})) or "none at all"
         raise DataError(f"{path}: no sample of kind {', '.join(kinds or ['any'])}; the file has: {found}")
     return kept
+
+
+def read_llava(path: Path) -> list[dict[str, Any]]:
+    """The rows of a LLaVA JSON file as they are. Raises DataError if it is not a list of objects."""
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: expected a list of samples (LLaVA JSON), got {type(rows).__name__}")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number}: expected an object, got {type(row).__name__}")
+    return rows
 
 
 def split_exchanges(samples: Sequence[InstructionSample]) -> list[InstructionSample]:

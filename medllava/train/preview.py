@@ -6,41 +6,56 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medllava.errors import CheckpointError
+from medllava.conversation import sample_from_llava
+from medllava.errors import CheckpointError, DataError
 from medllava.jsonl import write_records
 from medllava.model.prompt import IGNORE, PromptBuilder
-from medllava.train.dataset import read_samples
+from medllava.train.dataset import read_llava
 
 
 def preview(
     tokenizer_folder: Path, chat_format: str, data: Path, out: Path, *, tokens_per_image: int | None = None,
     max_length: int | None = None,
-) -> int:
+) -> tuple[int, int]:
     """Write a line per sample: ``id``, ``input_ids``, ``labels``, ``image_token_id``, ``prompt`` (decoded, a picture's
-    tokens shown as one), ``supervised`` (decoded labels), ``dropped_turns``. Samples that do not fit have ids null.
+    tokens shown as one), ``supervised`` (decoded labels), ``dropped_turns``. A sample that training would refuse, or
+    that does not fit ``max_length``, has ids null and says why in ``error``.
 
-    Returns the number of samples. Raises CheckpointError if there is no tokenizer, DataError for a bad sample.
+    Returns (samples, how many of them have no ids). Raises CheckpointError if there is no tokenizer, DataError for a
+    file that is no list of rows.
     """
     tokenizer, found = _tokenizer(tokenizer_folder)
     prompts = PromptBuilder(tokenizer, chat_format, tokens_per_image=tokens_per_image or found)
     image_text = tokenizer.convert_ids_to_tokens(prompts.image_token_id)
+    refused = 0
+
+    def seen(row: Any, where: str) -> dict[str, Any]:
+        sample = sample_from_llava(row, where)
+        prompt = prompts.sample(sample.turns, where, max_length=max_length)
+        if prompt is None:
+            raise DataError(f"{where}: longer than {max_length} tokens even without its later turns")
+        text = tokenizer.decode(prompt.input_ids)
+        return {
+            "input_ids": prompt.input_ids, "labels": prompt.labels, "image_token_id": prompts.image_token_id,
+            "prompt": text.replace(image_text * prompts.tokens_per_image, image_text),
+            "supervised": tokenizer.decode([label for label in prompt.labels if label != IGNORE]),
+            "dropped_turns": prompt.dropped_turns,
+        }
 
     def rows() -> Iterator[dict[str, Any]]:
-        for sample in read_samples(data):
-            prompt = prompts.sample(sample.turns, f"{data}: sample {sample.id}", max_length=max_length)
-            if prompt is None:
-                yield {"id": sample.id, "input_ids": None, "labels": None, "image_token_id": prompts.image_token_id}
-                continue
-            text = tokenizer.decode(prompt.input_ids)
-            yield {
-                "id": sample.id, "input_ids": prompt.input_ids, "labels": prompt.labels,
-                "image_token_id": prompts.image_token_id,
-                "prompt": text.replace(image_text * prompts.tokens_per_image, image_text),
-                "supervised": tokenizer.decode([label for label in prompt.labels if label != IGNORE]),
-                "dropped_turns": prompt.dropped_turns,
-            }
+        nonlocal refused
+        for number, row in enumerate(read_llava(data)):
+            id = str(row.get("id", f"row {number}"))
+            try:
+                shown = seen(row, f"{data}: sample {id}")
+            except DataError as error:
+                refused += 1
+                shown = {
+                    "input_ids": None, "labels": None, "image_token_id": prompts.image_token_id, "error": str(error)
+                }
+            yield {"id": id, **shown}
 
-    return write_records(out, rows())
+    return write_records(out, rows()), refused
 
 
 def _tokenizer(folder: Path) -> tuple[Any, int]:

@@ -18,8 +18,13 @@ _FROM_LLAVA: dict[str, Role] = {
 _TO_LLAVA = {"user": "human", "assistant": "gpt", "system": "system"}
 
 Kind = Literal[
-    "conversation", "description", "complex_reasoning", "iterative_abduction", "grounding", "caption", "vqa", "other"
+    "conversation", "description", "complex_reasoning", "iterative_abduction", "grounding", "caption", "question", "vqa",
+    "other",
 ]
+
+
+_OPTIONAL = ("answer_type", "image_dependent")
+"""Keys of a row that are there only where they are known."""
 
 
 class Turn(BaseModel):
@@ -40,16 +45,24 @@ class Provenance(BaseModel):
     end_s: float | None = None
     prompt_hash: str | None = None
     teacher: str | None = None
+    quote: str | None = None
+    """The words of the talk that answer the question, where a sample is one of the narrator's own questions."""
 
 
 class InstructionSample(BaseModel):
-    """One training sample: images, a conversation, its kind and its provenance."""
+    """One training sample: images, a conversation, its kind and its provenance.
+
+    ``answer_type``: closed where yes or no answers the question; ``image_dependent``: whether the image is needed to
+    answer. Both are None where nobody has looked.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     id: str
     kind: Kind = "other"
     images: tuple[str, ...] = ()
     turns: tuple[Turn, ...] = Field(min_length=1)
+    answer_type: Literal["open", "closed"] | None = None
+    image_dependent: bool | None = None
     provenance: Provenance = Provenance()
 
     def to_llava(self) -> dict[str, Any]:
@@ -59,6 +72,7 @@ class InstructionSample(BaseModel):
             row["image"] = self.images[0] if len(self.images) == 1 else list(self.images)
         row["conversations"] = [{"from": _TO_LLAVA[turn.role], "value": turn.text} for turn in self.turns]
         row["kind"] = self.kind
+        row |= {key: getattr(self, key) for key in _OPTIONAL if getattr(self, key) is not None}
         row["provenance"] = self.provenance.model_dump(mode="json", exclude_none=True)
         return row
 
@@ -67,7 +81,8 @@ def sample_from_llava(row: dict[str, Any], where: str = "row") -> InstructionSam
     """Read a row of LLaVA JSON (also one without ``kind`` and ``provenance``).
 
     The number of ``<image>`` tags must equal the number of images; one missing tag for one image is put at the front
-    of the first user turn, as LLaVA does. Raises DataError that starts with ``where``.
+    of the first user turn, as LLaVA does. Windows separators in image names become "/". Raises DataError that starts
+    with ``where``.
     """
     if not isinstance(row.get("conversations"), list) or not row["conversations"]:
         raise DataError(f"{where}: no 'conversations' list")
@@ -81,6 +96,7 @@ def sample_from_llava(row: dict[str, Any], where: str = "row") -> InstructionSam
     if not (image is None or isinstance(image, str | list)):
         raise DataError(f"{where}: 'image' must be a text or a list of texts, got {type(image).__name__}")
     images = () if image in (None, "", []) else (image,) if isinstance(image, str) else tuple(image)
+    images = tuple(name.replace("\\", "/") if isinstance(name, str) else name for name in images)
     if len(images) == 1 and not any(IMAGE_TAG in turn.text for turn in turns):
         first = next((n for n, turn in enumerate(turns) if turn.role == "user"), None)
         if first is not None:
@@ -91,7 +107,7 @@ def sample_from_llava(row: dict[str, Any], where: str = "row") -> InstructionSam
     try:
         return InstructionSample(
             id=str(row.get("id", where)), kind=row.get("kind", "other"), images=images, turns=tuple(turns),
-            provenance=Provenance.model_validate(row.get("provenance", {})),
+            provenance=Provenance.model_validate(row.get("provenance", {})), **{key: row.get(key) for key in _OPTIONAL},
         )
     except ValidationError as error:
         raise DataError(f"{where}: {describe(error)}") from error

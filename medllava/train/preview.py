@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from medllava.conversation import sample_from_llava
-from medllava.errors import CheckpointError, DataError
+from medllava.errors import DataError
 from medllava.jsonl import write_records
-from medllava.model.prompt import IGNORE, PromptBuilder
+from medllava.model.lengths import open_prompts
+from medllava.model.prompt import IGNORE
 from medllava.train.dataset import read_llava
 
 
@@ -24,8 +25,8 @@ def preview(
     Returns (samples, how many of them have no ids). Raises CheckpointError if there is no tokenizer, DataError for a
     file that is no list of rows.
     """
-    tokenizer, found = _tokenizer(tokenizer_folder)
-    prompts = PromptBuilder(tokenizer, chat_format, tokens_per_image=tokens_per_image or found)
+    prompts = open_prompts(tokenizer_folder, chat_format, tokens_per_image)
+    tokenizer = prompts.tokenizer
     image_text = tokenizer.convert_ids_to_tokens(prompts.image_token_id)
     refused = 0
 
@@ -56,23 +57,3 @@ def preview(
             yield {"id": id, **shown}
 
     return write_records(out, rows()), refused
-
-
-def _tokenizer(folder: Path) -> tuple[Any, int]:
-    """(tokenizer, tokens per image). A tokenizer without a picture token is given one, as training would."""
-    from transformers import AutoProcessor, AutoTokenizer
-
-    from medllava.model.pixels import tokens_per_image
-
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    if (folder / "processor_config.json").is_file():
-        processor = AutoProcessor.from_pretrained(folder, backend="pil")
-        return processor.tokenizer, tokens_per_image(processor)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: no tokenizer in it ({str(error).splitlines()[0]})") from error
-    if tokenizer.convert_tokens_to_ids("<image>") in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return tokenizer, 1

@@ -4,8 +4,8 @@ Each video's stable parts, the cursor's path in them and what was said meanwhile
 each; every phrase with the box the narrator pointed at (or null) goes to captions.jsonl, pictures to frames/. The
 transcript lies beside its video: STEM.words.json or .json (WhisperX, whisper), .srt or .vtt.
 
-A video that cannot be used is named in failed.jsonl and the rest goes on. Run again to go on after a stop: finished
-videos are not done twice.
+A video that cannot be used is named in failed.jsonl and the rest goes on; what was mended or left out in the others is
+in warnings.jsonl. Run again to go on after a stop: finished videos are not done twice. Speech in silence is dropped.
 
 Example:
   python -m medllava.instruct_gen narrate --videos lectures/ --out work/narrated --workers 8
@@ -20,11 +20,12 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medllava.errors import ConfigError, DataError
-from medllava.jsonl import read_json, write_json, write_records
+from medllava.jsonl import read_json, read_rows, write_json, write_records
 from medllava.processes import end_with_parent
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ def run(args: argparse.Namespace) -> int:
         f"{len(done)} of {len(tasks)} videos: {counts['narratives']} narratives,"
         f" {counts['phrases']} phrases, {counts['boxes']} with a box -> {args.out}"
     )
+    if counts["warnings"]:
+        print(f"warning: {counts['warnings']} remarks on what was used, see {args.out / 'warnings.jsonl'}")
+        for _, row in islice(read_rows(args.out / "warnings.jsonl"), 5):
+            print(f"  {row['warning']}")
     if failures:
         print(f"warning: {len(failures)} of {len(tasks)} videos failed, see {args.out / 'failed.jsonl'}")
         for reason in list(failures.values())[:5]:
@@ -146,7 +151,7 @@ def narrate_one(task: Task) -> str | None:
 
     try:
         try:
-            transcript = find_transcript(task.video, task.transcripts)
+            transcript = find_transcript(task.video, *([task.transcripts] if task.transcripts else []))
         except DataError:
             VideoReader(task.video)  # Of a damaged video without a transcript, the damage is what to hear of.
             raise
@@ -164,6 +169,7 @@ def narrate_one(task: Task) -> str | None:
             "video": result.video.model_dump(mode="json"),
             "narratives": [record.model_dump(mode="json") for record in result.narratives],
             "captions": [record.model_dump(mode="json") for record in result.captions],
+            "warnings": list(result.warnings),
         },
     )
     return None
@@ -189,6 +195,10 @@ def _assemble(out: Path, done: list[Task]) -> dict[str, int]:
 
     counts = {"narratives": write_records(out / "narratives.jsonl", rows("narratives")), "phrases": 0, "boxes": 0}
     write_records(out / "captions.jsonl", rows("captions"))
+    remarks = ((task.video.name, remark) for task in done for remark in read_json(task.part)["warnings"])
+    counts["warnings"] = write_records(
+        out / "warnings.jsonl", ({"video": name, "warning": remark} for name, remark in remarks)
+    )
     write_records(out / "videos.jsonl", (read_json(task.part)["video"] for task in done))
     for caption in rows("captions"):
         counts["phrases"] += len(caption["phrases"])

@@ -18,6 +18,7 @@ import av
 import cv2
 import numpy as np
 
+from medllava.instruct_gen.audio import heard
 from medllava.instruct_gen.background import Thinned
 from medllava.instruct_gen.cursor import LAG, Background, Floats, SpotFinder, Spots, joined, steadied
 from medllava.instruct_gen.grounding import ground
@@ -51,6 +52,7 @@ class Result:
     video: Video
     narratives: tuple[Narrative, ...]
     captions: tuple[GroundedCaption, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -68,7 +70,8 @@ def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULT
     """Work through one video; its frames go to ``out/frames``. Raises DataError naming the file that is at fault."""
     cv2.setNumThreads(1)
     reader = VideoReader(video)
-    utterances = read_transcript(transcript, reader.video.duration_s)
+    spoken = read_transcript(transcript, reader.video.duration_s)
+    utterances, silent = heard(video, spoken.utterances)
     finder = SpotFinder()
     chunks: list[_Chunk] = []
     try:
@@ -103,7 +106,7 @@ def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULT
         ]
         if phrases:
             captions.append(GroundedCaption(phrases=tuple(phrases), **common))
-    return Result(reader.video, tuple(narratives), tuple(captions))
+    return Result(reader.video, tuple(narratives), tuple(captions), (*spoken.warnings, *silent))
 
 
 def fingerprint(options: Options, *files: Path) -> str:

@@ -1,0 +1,115 @@
+"""The sound of a video: how loud it is over time, and speech that lies where nothing can be heard.
+
+Speech recognisers invent words in silence ("Thank you for watching"), and a transcript may belong to another take. An
+utterance that lies in silence was not said in this video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from medllava.instruct_gen.records import Utterance
+
+STEP_S = 0.05
+"""Loudness is measured over spans of this length."""
+
+FLOOR_DB = -60.0
+"""Below this (dB of full scale) nothing is heard, whatever the rest of the recording is like."""
+
+BELOW_SPEECH_DB = 25.0
+"""Silence is this much below the file's own speech; rooms are some 30 to 50 dB below it."""
+
+SPEECH_QUANTILE = 0.95
+"""The level that all but the loudest part of the sound stays under is taken for that of speech."""
+
+SILENT_SHARE = 0.8
+"""An utterance is dropped if this part of its time is silent."""
+
+Levels = npt.NDArray[np.float32]
+
+
+def heard(video: Path, utterances: Sequence[Utterance]) -> tuple[tuple[Utterance, ...], tuple[str, ...]]:
+    """The utterances that do not lie in silence, and warnings. All of them where the video has no audio track."""
+    levels, fault = measure_levels(video)
+    if levels is None:
+        return tuple(utterances), (f"{video}: {fault}; speech is not checked against it",) if fault else ()
+    quiet = levels < silence_below(levels)
+    kept = tuple(utterance for utterance in utterances if _quiet_share(quiet, utterance) < SILENT_SHARE)
+    dropped = [utterance for utterance in utterances if utterance not in set(kept)]
+    if not dropped:
+        return kept, ()
+    first = f"{dropped[0].start_s:.1f} s: {dropped[0].text[:40]!r}"
+    return kept, (f"{video}: dropped {len(dropped)} of {len(utterances)} utterances that lie in silence ({first})",)
+
+
+def measure_levels(video: Path) -> tuple[Levels | None, str | None]:
+    """Loudness in dB of full scale per :data:`STEP_S` from the video's start; None without an audio track, and with the
+    reason where the track cannot be decoded. Memory grows by four bytes per step only."""
+    sums: list[float] = []
+    counts: list[int] = []
+    try:
+        for start_s, rate, samples in decoded(video):
+            steps = ((start_s + np.arange(samples.shape[1]) / rate) / STEP_S).astype(np.int64)
+            energy = np.mean(np.square(samples, dtype=np.float64), axis=0)
+            if steps[-1] < 0:
+                continue
+            first = max(0, int(steps[0]))
+            missing = int(steps[-1]) + 1 - len(sums)
+            sums.extend([0.0] * missing)
+            counts.extend([0] * missing)
+            keep = steps >= 0
+            for offset, (total, count) in enumerate(
+                zip(np.bincount(steps[keep] - first, energy[keep]), np.bincount(steps[keep] - first), strict=True)
+            ):
+                sums[first + offset] += float(total)
+                counts[first + offset] += int(count)
+    except (av.error.FFmpegError, ValueError) as error:
+        return None, f"the audio track cannot be decoded ({getattr(error, 'strerror', None) or error})"
+    if not sums:
+        return None, None
+    power = np.array(sums) / np.maximum(counts, 1)
+    return (10 * np.log10(np.maximum(power, 1e-12))).astype(np.float32), None
+
+
+def silence_below(levels: Levels) -> float:
+    """The level (dB) under which a recording is silent: well below its own speech, at least :data:`FLOOR_DB`."""
+    audible = levels[levels >= FLOOR_DB]
+    if not len(audible):
+        return FLOOR_DB
+    return max(FLOOR_DB, float(np.quantile(audible, SPEECH_QUANTILE)) - BELOW_SPEECH_DB)
+
+
+def decoded(video: Path, rate: int | None = None) -> Iterator[tuple[float, int, npt.NDArray[np.float32]]]:
+    """(start in seconds from the video's start, samples a second, samples [channels, n] in -1..1), piece by piece;
+    mono at ``rate`` if one is asked for. Nothing without an audio track. Raises FFmpegError where decoding fails."""
+    with av.open(str(video), metadata_errors="ignore") as container:
+        if not container.streams.audio or container.streams.audio[0].codec_context is None:
+            return
+        stream = container.streams.audio[0]
+        begin_s = (container.start_time or 0) / av.time_base
+        resampler = av.AudioResampler(format="fltp", layout="mono" if rate else None, rate=rate)
+        next_s = 0.0
+        for frame in container.decode(stream):
+            start_s = frame.time - begin_s if frame.time is not None else next_s
+            next_s = start_s + frame.samples / frame.sample_rate
+            frame.pts = None
+            for piece in _resampled(resampler, frame):
+                yield start_s, piece.sample_rate, piece.to_ndarray()
+
+
+def _resampled(resampler: Any, frame: av.AudioFrame) -> list[Any]:
+    return [piece for piece in resampler.resample(frame) if piece.samples]
+
+
+def _quiet_share(quiet: npt.NDArray[np.bool_], utterance: Utterance) -> float:
+    """The part of an utterance's time in which nothing is heard; sound that has ended is not heard."""
+    first = int(utterance.start_s / STEP_S)
+    count = max(1, round((utterance.end_s - utterance.start_s) / STEP_S))
+    within = quiet[first : first + count]
+    return float((within.sum() + count - len(within)) / count)

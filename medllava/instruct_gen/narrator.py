@@ -26,7 +26,7 @@ from medllava.instruct_gen.picture import KEPT, Crop, encode_png, find_crop, ful
 from medllava.instruct_gen.records import GroundedCaption, Narrative, Phrase, TracePoint, Utterance, Video
 from medllava.instruct_gen.speech import read_transcript
 from medllava.instruct_gen.stable import SHORTEST_S, stable_runs
-from medllava.instruct_gen.track import Appearance, hot_spot, learn_appearance, likeliest, melted_rests
+from medllava.instruct_gen.track import Appearance, doubtful_rests, hot_spot, learn_appearance, likeliest, melted_rests
 from medllava.instruct_gen.video import Frame, VideoReader
 from medllava.jsonl import atomic_write
 
@@ -176,18 +176,20 @@ def _trace(
     spots = finder.outside_zone(chunk.spots)
     path = likeliest(spots, appearance)
     scores = appearance.score(spots.looks[path]) + 2 * spots.moving[path]
+    sure = ~doubtful_rests(spots, path, scores)
+    path, scores = path[sure], scores[sure]
     confidence = 1 / (1 + np.exp(-scores))
     points = [*zip(spots.t_s[path].tolist(), *spots.xy[path].T.tolist(), confidence.tolist(), strict=True)]
     points += [(*rest, RESTING) for rest in melted_rests(spots, path, appearance, chunk.start_s, chunk.end_s)]
     trace = []
-    for t_s, x, y, sure in sorted(points):
+    for t_s, x, y, certainty in sorted(points):
         across = ((x + offset[0] + 0.5) * reader.reduction - x0) / (x1 - x0)
         down = ((y + offset[1] + 0.5) * reader.reduction - y0) / (y1 - y0)
         if -0.02 <= across <= 1.02 and -0.02 <= down <= 1.02:
             trace.append(
                 TracePoint(
                     t_s=round(t_s, 3), x=min(max(float(across), 0.0), 1.0), y=min(max(float(down), 0.0), 1.0),
-                    confidence=round(sure, 3),
+                    confidence=round(certainty, 3),
                 )
             )
     return trace

@@ -25,11 +25,21 @@ RESTART = 4.0
 SHORTEST_REST_S = 0.6
 """Gaps in a path shorter than this are not looked into."""
 
+MELTED, WINDOW_S = 0.4, 20.0
+"""Least share of a window (of so many seconds, or the chunk) that a cursor must rest at a place for the median to hold
+it there: a half, less some for uneven sampling."""
+
+DOUBTFUL = -0.35
+"""Mean score below which a long rest is what compression left of a cursor that has gone, rather than the cursor."""
+
 NEAR = 35
 """Distance, in pixels of the working luma, from where a cursor is lost to where it may have come to rest."""
 
 NEGATIVE = 3.0
 """How opposite to the cursor's (in squared spreads) a spot's difference in colour is where the cursor is missing."""
+
+OPPOSITE = 0.35
+"""Share of the cursor's own difference in colour that the negative of it must at least have."""
 
 OLD, OLD_COST = 2, 2.5
 """Cost of a path that jumps to what had lain there for more than so many frames."""
@@ -143,8 +153,9 @@ def melted_rests(
     if len(path) == 0:
         return []
     colours = [3, 5, 7]
-    likeness = (spots.looks[:, colours] * appearance.centre[colours] / appearance.spread[colours] ** 2).sum(1)
-    negative = (spots.moving < 0.3) & (likeness < -NEGATIVE)
+    usual, weight = appearance.centre[colours], appearance.spread[colours] ** -2.0
+    likeness = (spots.looks[:, colours] * usual * weight).sum(1)
+    negative = (spots.moving < 0.3) & (likeness < -NEGATIVE) & (likeness < -OPPOSITE * (usual**2 * weight).sum())
     t_s, xy = spots.t_s[path].astype(float), spots.xy[path].astype(float)
     # Gaps before the path's first point, after its last, and between its points: (from, to, last seen, next seen).
     gaps = [(start_s, t_s[0], xy[0], xy[0]), (t_s[-1], end_s, xy[-1], xy[-1])]
@@ -159,9 +170,35 @@ def melted_rests(
         seen, times = len(np.unique(spots.t_s[near & outside])), len(np.unique(spots.t_s[outside]))
         if seen >= 4 and seen >= 0.4 * times and not (near & inside).any():
             x, y = np.median(spots.xy[near & outside], 0).tolist()
+            # All gaps at this place together: a cursor that comes back to it rests there several times.
+            rested = sum(
+                b - a for a, b, p, q in gaps if max(np.hypot(*(p - (x, y))), np.hypot(*(q - (x, y)))) < NEAR
+            )
+            if rested < MELTED * min(end_s - start_s, WINDOW_S):
+                continue
             count = max(2, int((high - low) / 0.2))
             found += [(float(t), x, y) for t in np.linspace(low, high, count + 1)[1:-1]]
     return found
+
+
+def doubtful_rests(spots: Spots, path: npt.NDArray[np.int32], score: Floats) -> npt.NDArray[np.bool_]:
+    """Which points of the path belong to a rest that does not look like the cursor; ``score`` as of the path's points.
+
+    When a cursor hides, a sparing encoder may leave its faint picture in place until the next key frame.
+    """
+    doubtful = np.zeros(len(path), np.bool_)
+    t_s, xy = spots.t_s[path], spots.xy[path]
+    first = 0
+    for last in range(1, len(path) + 1):
+        if last < len(path) and np.hypot(*(xy[last] - xy[first])) < 4:
+            continue
+        if t_s[last - 1] - t_s[first] > SHORTEST_REST_S:
+            rest = np.s_[first:last]
+            # All of it, or from where it no longer looks like the cursor, which itself rested there before.
+            low_from_here_on = np.logical_and.accumulate((score[rest] < DOUBTFUL)[::-1])[::-1]
+            doubtful[rest] = low_from_here_on | (score[rest].mean() < DOUBTFUL)
+        first = last
+    return doubtful
 
 
 def learn_appearance(chunks: Sequence[Spots]) -> Appearance | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -23,7 +24,8 @@ from medllava.instruct_gen.recipe import REASONING_KINDS, GenerateRecipe
 from medllava.instruct_gen.records import CaseFacts, GroundedCaption, Phrase
 from medllava.llm.base import RefusedError, Reply, Request, TextModel, UnansweredError, for_each
 from medllava.llm.budget import BudgetError
-from medllava.llm.cache import ReplyCache
+from medllava.llm.cache import CachedModel, ReplyCache
+from medllava.llm.pace import Pace
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -106,7 +108,7 @@ def read_facts(plan: Plan, cache: ReplyCache) -> Iterator[tuple[str, CaseFacts |
             yield video, None
 
 
-async def ask_all(plan: Plan, model: TextModel, cache: ReplyCache) -> Trouble:
+async def ask_all(plan: Plan, model: CachedModel, cache: ReplyCache) -> Trouble:
     """Ask everything that is not in ``cache`` yet: first the facts of every video, then the samples.
 
     ``model`` keeps its replies in ``cache``. Raises ServiceError if the endpoint can answer nothing at all.
@@ -116,13 +118,13 @@ async def ask_all(plan: Plan, model: TextModel, cache: ReplyCache) -> Trouble:
         questions = list(plan.facts_by_video())
         await ask_each(
             "case facts", questions, len(questions),
-            lambda question: drive(*question, model, trouble), plan.recipe, cache,
+            lambda question: drive(*question, model, trouble), plan.recipe, cache, model.pace,
         )
         facts = {video: found for video, found in read_facts(plan, cache) if isinstance(found, CaseFacts)}
         count = sum(1 for _ in plan.tasks(facts))
         await ask_each(
             "samples", plan.tasks(facts), count,
-            lambda task: drive(task.id, plan.steps(task), model, trouble), plan.recipe, cache,
+            lambda task: drive(task.id, plan.steps(task), model, trouble), plan.recipe, cache, model.pace,
         )
     except BudgetError as error:
         trouble.stopped = str(error)
@@ -131,20 +133,39 @@ async def ask_all(plan: Plan, model: TextModel, cache: ReplyCache) -> Trouble:
 
 async def ask_each(
     name: str, items: Iterable[Item], count: int, ask: Callable[[Item], Awaitable[None]], recipe: GenerateRecipe,
-    cache: ReplyCache,
+    cache: ReplyCache, pace: Pace | None = None,
 ) -> None:
-    """Ask under a bar with ETA, and replies, tokens and money beside it."""
-    price = recipe.usd_per_million
+    """Ask under a bar with ETA, and replies, calls in flight, tokens and money beside it."""
+
+    def told() -> str:
+        tokens = cache.prompt_tokens + cache.completion_tokens
+        parts = [f"{len(cache):,} replies", f"{tokens / 1000:,.0f}k tokens"]
+        if recipe.usd_per_million:
+            parts.append(f"${cache.usd(recipe.usd_per_million):.2f}")
+        if pace:
+            parts.append(f"{pace.in_flight} of {int(pace.limit)} in flight")
+            if pace.pause_s() > 1:
+                parts.append(f"told to wait {pace.pause_s():.0f} s")
+        return ", ".join(parts)
+
     with tqdm(total=count, desc=name, unit="", smoothing=0.05, disable=not count) as bar:
 
         async def ask_one(item: Item) -> None:
             await ask(item)
-            tokens = cache.prompt_tokens + cache.completion_tokens
-            money = f", ${price.usd(cache.prompt_tokens, cache.completion_tokens):.2f}" if price else ""
-            bar.set_postfix_str(f"{len(cache):,} replies, {tokens / 1000:,.0f}k tokens{money}", refresh=False)
+            bar.set_postfix_str(told(), refresh=False)
             bar.update()
 
-        await for_each(items, ask_one, recipe.concurrency)
+        async def refresh() -> None:
+            while True:
+                await asyncio.sleep(1)
+                bar.set_postfix_str(told())
+
+        # Also while no answer comes, a person should see why.
+        clock = asyncio.create_task(refresh())
+        try:
+            await for_each(items, ask_one, recipe.concurrency)
+        finally:
+            clock.cancel()
 
 
 async def drive(id: str, steps: Generator[Request, Reply, Any], model: TextModel, trouble: Trouble) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import socket
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,8 +21,9 @@ from medllava.errors import ConfigError, DataError, ServiceError
 if TYPE_CHECKING:
     from medllava.instruct_gen.recipe import GenerateRecipe
     from medllava.instruct_gen.records import GroundedCaption
-    from medllava.llm.base import TextModel
-    from medllava.llm.cache import ReplyCache
+    from medllava.llm.cache import CachedModel, ReplyCache
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -101,31 +104,39 @@ class Address:
             )
 
     def ask(
-        self, recipe: GenerateRecipe, cache: ReplyCache, work: Callable[[TextModel], Awaitable[Result]]
+        self, recipe: GenerateRecipe, cache: ReplyCache, work: Callable[[CachedModel], Awaitable[Result]]
     ) -> Result:
         """What ``work`` makes of a model behind the budget that keeps its replies in ``cache``."""
         return asyncio.run(self._ask(recipe, cache, work))
 
     async def _ask(
-        self, recipe: GenerateRecipe, cache: ReplyCache, work: Callable[[TextModel], Awaitable[Result]]
+        self, recipe: GenerateRecipe, cache: ReplyCache, work: Callable[[CachedModel], Awaitable[Result]]
     ) -> Result:
-        from medllava.llm.budget import BudgetedModel
+        from medllava.llm.budget import Budget
         from medllava.llm.cache import CachedModel
         from medllava.llm.openai_api import OpenAIModel, resolve_api_key
 
-        price = recipe.usd_per_million
         api_key = resolve_api_key(self.base_url, self.api_key_file)
-        endpoint = OpenAIModel(self.base_url, api_key, concurrency=recipe.concurrency)
-        model: TextModel = endpoint
-        if self.max_usd is not None and price is not None:
-            spent_usd = price.usd(cache.prompt_tokens, cache.completion_tokens)
-            model = BudgetedModel(endpoint, price, self.max_usd, spent_usd)
-        cached = CachedModel(model, cache)
-        try:
-            return await work(cached)
-        finally:
-            await cached.drain()
-            await endpoint.close()
+        with ExitStack() as stack:
+            budget = None
+            if recipe.usd_per_million is not None:
+                # Kept also without a limit: a later run with one must know what this one may have cost.
+                budget = stack.enter_context(Budget(
+                    recipe.usd_per_million, self.max_usd, replies_usd=cache.usd(recipe.usd_per_million),
+                    ledger=cache.path.with_suffix(".sent.jsonl"), answered=cache,
+                ))  # fmt: skip
+            endpoint = OpenAIModel(self.base_url, api_key, concurrency=recipe.concurrency, budget=budget)
+            cached = CachedModel(endpoint, cache, endpoint.pace)
+            try:
+                return await work(cached)
+            finally:
+                await cached.drain()
+                await endpoint.close()
+                if budget and budget.lost_usd:
+                    log.warning(
+                        "calls whose answers were lost on the way may have cost up to $%.4f more than the replies kept",
+                        budget.lost_usd,
+                    )
 
     def _check_listening(self) -> None:
         """Find out at once, instead of after all retries, that a server on this machine was not started."""

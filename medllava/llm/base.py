@@ -69,6 +69,10 @@ class Reply(BaseModel):
     finish_reason: str = "stop"
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Those of the prompt tokens that the provider had in its cache, which are cheaper at most."""
+    batch: bool = False
+    """Whether the reply came through the provider's batch interface, at its own price."""
 
 
 class TextModel(Protocol):
@@ -118,9 +122,10 @@ def estimate_prompt_tokens(request: Request) -> int:
 
 
 def most_prompt_tokens(request: Request) -> int:
-    """More prompt tokens than any byte-level vocabulary makes of a text request: its bytes, and room for roles."""
+    """More prompt tokens than any byte-level vocabulary makes of a text request: its bytes, and room for roles and for
+    the words that introduce a schema."""
     total = sum(16 + len(text.encode()) for text in _texts(request.messages))
-    return total + (len(json.dumps(request.schema).encode()) if request.schema else 0)
+    return total + (128 + len(json.dumps(request.schema).encode()) if request.schema else 0)
 
 
 def _texts(messages: Iterable[dict[str, Any]]) -> Iterable[str]:

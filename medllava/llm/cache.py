@@ -13,6 +13,8 @@ from typing import Any
 from medllava.errors import ConfigError
 from medllava.jsonl import Appender, to_line
 from medllava.llm.base import Reply, Request, TextModel
+from medllava.llm.budget import Price
+from medllava.llm.pace import Pace
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ class ReplyCache:
         self.path = path
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.cached_tokens = 0
+        self._batch_tokens = [0, 0, 0]
         self._offsets: dict[bytes, int] = {}
         self._appender = Appender(path)
 
@@ -63,8 +67,8 @@ class ReplyCache:
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __contains__(self, key: str) -> bool:
-        return bytes.fromhex(key) in self._offsets
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and bytes.fromhex(key) in self._offsets
 
     def get(self, key: str) -> Reply | None:
         """The reply kept under ``key``, or None."""
@@ -81,18 +85,30 @@ class ReplyCache:
         self._remember(key, reply)
         self._end += len(to_line(row).encode())
 
+    def usd(self, price: Price) -> float:
+        """What all kept replies cost. Depends on them alone, not on the order in which they came."""
+        whole = (self.prompt_tokens, self.completion_tokens, self.cached_tokens)
+        live = [total - batch for total, batch in zip(whole, self._batch_tokens, strict=True)]
+        return price.usd(*live) + price.usd(*self._batch_tokens, batch=True)
+
     def _remember(self, key: str, reply: Reply) -> None:
         self._offsets[bytes.fromhex(key)] = self._end
         self.prompt_tokens += reply.prompt_tokens
         self.completion_tokens += reply.completion_tokens
+        self.cached_tokens += reply.cached_tokens
+        if reply.batch:
+            tokens = (reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens)
+            self._batch_tokens = [total + own for total, own in zip(self._batch_tokens, tokens, strict=True)]
 
 
 class CachedModel:
     """A text model that answers from ``cache`` where it can; equal requests in flight at once become one call."""
 
-    def __init__(self, inner: TextModel, cache: ReplyCache) -> None:
+    def __init__(self, inner: TextModel, cache: ReplyCache, pace: Pace | None = None) -> None:
+        """``pace`` is the endpoint's, for those who show how many calls are in flight."""
         self.inner = inner
         self.cache = cache
+        self.pace = pace
         self._pending: dict[str, asyncio.Task[Reply]] = {}
 
     async def ask(self, request: Request) -> Reply:
@@ -107,7 +123,9 @@ class CachedModel:
         return await asyncio.shield(self._pending[key])
 
     async def drain(self) -> None:
-        """Wait for the calls in flight, so that what is paid for is kept when a run ends early."""
+        """Begin no further call and wait for those in flight: what is paid for is kept when a run ends early."""
+        if self.pace:
+            self.pace.close()
         await asyncio.gather(*self._pending.values(), return_exceptions=True)
 
     def _ended(self, key: str, task: asyncio.Task[Reply]) -> None:

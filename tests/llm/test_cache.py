@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from medllava.errors import ConfigError
-from medllava.llm.base import Reply, Request, Sampling, UnansweredError, estimate_tokens, for_each, most_prompt_tokens
-from medllava.llm.budget import BudgetedModel, BudgetError, Price
+from medllava.llm.base import Reply, Request, Sampling, UnansweredError, estimate_tokens, for_each
+from medllava.llm.budget import Price
 from medllava.llm.cache import CachedModel, ReplyCache
 
 
@@ -75,6 +75,25 @@ def test_an_unreadable_line_costs_only_its_own_reply(tmp_path, caplog):
     assert "1 unreadable" in caplog.text
 
 
+def test_money_is_counted_by_tariff_whatever_the_order(tmp_path):
+    replies = [
+        Reply(text="a", model="m", prompt_tokens=100, completion_tokens=10, cached_tokens=60),
+        Reply(text="b", model="m", prompt_tokens=1000, completion_tokens=20, batch=True),
+        Reply(text="c", model="m", prompt_tokens=7, completion_tokens=3),
+    ]
+    price = Price(input=2.0, output=8.0, cached_input=0.5)
+    usd = []
+    for order in (replies, replies[::-1]):
+        with ReplyCache(tmp_path / f"{len(usd)}.jsonl") as cache:
+            for reply in order:
+                cache.put(request(reply.text).key(), reply)
+            usd.append(cache.usd(price))
+    assert usd[0] == usd[1]
+    assert usd[0] == pytest.approx(sum(price.of(reply) for reply in replies))
+    assert price.of(replies[0]) == pytest.approx((40 * 2 + 60 * 0.5 + 10 * 8) / 1e6)
+    assert price.of(replies[1]) == pytest.approx((1000 * 2 + 20 * 8) / 2e6)
+
+
 def test_two_writers_are_kept_apart(tmp_path):
     path = tmp_path / "r.jsonl"
     with ReplyCache(path), pytest.raises(ConfigError, match="another run"), ReplyCache(path):
@@ -116,40 +135,6 @@ def test_for_each_draws_lazily_and_raises_the_first_error():
         asyncio.run(for_each(items(), work, 4))
     assert len(drawn) < 20
     assert set(range(8)) <= set(done)
-
-
-def test_the_budget_is_never_exceeded_with_many_calls_in_flight():
-    # Each call may cost up to (16 + 5 bytes + 100 tokens) / 1e6 dollars and does cost 60 / 1e6.
-    inner = Scripted(tokens=(10, 50))
-    model = BudgetedModel(inner, Price(input=1.0, output=1.0), max_usd=1e-3, already_usd=1e-4)
-    errors = []
-
-    async def one(n):
-        try:
-            await model.ask(request(f"{n:05}", sampling=Sampling(max_tokens=100)))
-        except BudgetError as error:
-            errors.append(error)
-
-    asyncio.run(for_each(range(64), one, 64))
-    assert model.spent_usd <= 1e-3
-    assert model.spent_usd == pytest.approx(1e-4 + len(inner.asked) * 60e-6)
-    # It goes on until what is left could not pay for one more call at its most.
-    assert 1e-3 - model.spent_usd < most_prompt_tokens(request("00000")) * 1e-6 + 100e-6
-    assert len(errors) == 64 - len(inner.asked)
-    assert "limit of $0.00" in str(errors[0])
-
-
-def test_a_failed_call_gives_its_reserve_back():
-    inner = Scripted(fail=("bad",))
-    model = BudgetedModel(inner, Price(input=1.0, output=1.0), max_usd=250e-6)
-
-    async def go():
-        for _ in range(10):
-            with pytest.raises(UnansweredError):
-                await model.ask(request("bad", sampling=Sampling(max_tokens=100)))
-        return await model.ask(request("good", sampling=Sampling(max_tokens=100)))
-
-    assert asyncio.run(go()).text == "GOOD"
 
 
 def test_token_estimate():

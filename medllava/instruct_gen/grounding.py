@@ -2,18 +2,23 @@
 
 A box is drawn around the likeliest pointing spell of the utterance: the stretch of the trace that stays in the smallest
 place for the longest time while the cursor moves. A cursor that rests or only travels shows nothing: no box.
-(Quilt-LLaVA clusters the whole trace by K-means and matches clusters by time; see the README for how they compare.)
+(Quilt-LLaVA clusters the whole trace by K-means and matches clusters by time: :mod:`.clusters`; see the README for how
+they compare.)
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from medllava.geometry import Box, clipped_box
-from medllava.instruct_gen.records import TracePoint, Utterance
+from medllava.instruct_gen.clusters import published_runs
+from medllava.instruct_gen.records import Phrase, TracePoint, Utterance
 
 Floats = npt.NDArray[np.float64]
 
@@ -27,7 +32,7 @@ LARGEST_AREA = 0.7
 """Boxes above this fraction of the image show nothing in particular (as in Quilt-LLaVA)."""
 
 SMALLEST_SIDE = 0.015
-"""Boxes with a side below this fraction of the image's are widened to it."""
+"""Boxes with one side below this fraction of the image's are widened to it; with both, they show nothing."""
 
 RESTING = 0.012
 """Speed, in image diagonals a second, below which a cursor rests."""
@@ -51,26 +56,89 @@ MIDDLE = 2.4
 """Size of a finding over that of a wander about its middle."""
 
 
-def ground(utterance: Utterance, trace: Sequence[TracePoint], size: tuple[int, int]) -> Box | None:
-    """The region pointed at during ``utterance``; None if the cursor showed none.
+ONCE_ROUND = 3.0
+"""Path over extent of a gesture that goes about once round (a circle's is pi); more of it makes a box no surer."""
+
+BLUR = 0.02
+"""Extent, in image diagonals, at which the tracker's error, padding and trimming make half of a box."""
+
+GUESSED = 0.5
+"""Factor to the confidence of boxes whose size follows from a rule of thumb: wanders and underlines."""
+
+NO_CURSOR, RESTS, PASSES, TOO_SMALL, TOO_LARGE = "no cursor", "rests", "passes", "too small", "too large"
+"""Why a phrase gets no box."""
+
+NO_CLUSTER = "no cluster"
+"""The same for the published rule."""
+
+Mode = Literal["pointing", "paper"]
+"""The rules by which phrases get their boxes: this module's and the published one."""
+
+
+@dataclass(frozen=True)
+class Pointing:
+    """What the cursor showed during an utterance: a box with its confidence (0..1), or the reason for none.
+
+    Confidence is high where the track is sure and without gaps, and where a gesture goes round something large enough
+    to be told from the tracker's unrest. It orders boxes by how well they fit; it is no probability.
+    """
+
+    box: Box | None = None
+    confidence: float | None = None
+    reason: str | None = None
+
+
+def grounded_phrases(
+    said: Sequence[Utterance], trace: Sequence[TracePoint], size: tuple[int, int], mode: Mode, seed: int
+) -> tuple[list[Phrase], Counter[str]]:
+    """One phrase for each utterance of a chunk, and how many have no box for which reason.
+
+    ``seed`` is for ``paper``; the other mode has no use for chance. ``size``: width and
+    height of the image in pixels.
+    """
+    found = _published(said, trace, size, seed) if mode == "paper" else [ground(one, trace, size) for one in said]
+    phrases = [
+        Phrase(text=one.text, start_s=one.start_s, end_s=one.end_s, box=shown.box, confidence=shown.confidence)
+        for one, shown in zip(said, found, strict=True)
+    ]
+    return phrases, Counter(shown.reason for shown in found if shown.reason is not None)
+
+
+def _published(
+    said: Sequence[Utterance], trace: Sequence[TracePoint], size: tuple[int, int], seed: int
+) -> list[Pointing]:
+    points = np.array([(p.t_s, p.x, p.y) for p in trace], np.float64).reshape(-1, 3)
+    runs = published_runs(points, [one.end_s for one in said], [len(one.text.split()) for one in said], size, seed=seed)
+    boxes = [clipped_box(*run.corners) if run.corners else None for run in runs for _ in run.utterances]
+    return [Pointing(box) if box else Pointing(reason=NO_CLUSTER) for box in boxes]
+
+
+def ground(utterance: Utterance, trace: Sequence[TracePoint], size: tuple[int, int]) -> Pointing:
+    """The region pointed at during ``utterance``.
 
     ``size``: width and height of the image in pixels, which give the trace its true proportions.
     """
-    rows = [
-        (p.t_s, p.x * size[0], p.y * size[1])
-        for p in trace
-        if utterance.start_s - LEAD_S <= p.t_s <= utterance.end_s
-    ]
-    if len(rows) < 4:
-        return None
+    during = [p for p in trace if utterance.start_s - LEAD_S <= p.t_s <= utterance.end_s]
+    if len(during) < 4:
+        return Pointing(reason=NO_CURSOR)
     diagonal = float(np.hypot(*size))
-    t_s, x, y = np.array(rows, dtype=np.float64).T
+    t_s, x, y, sure = np.array([(p.t_s, p.x * size[0], p.y * size[1], p.confidence) for p in during], np.float64).T
     xy = np.stack([x, y], 1) / diagonal
     spell = _pointing_spell(t_s, xy)
-    if spell is None or not _is_deliberate(xy[spell]):
-        return None
-    wanders = _wanders(t_s[spell], xy[spell])
-    return _box(xy[spell] * diagonal, size, wanders)
+    if spell is None:
+        return Pointing(reason=RESTS)
+    t_s, xy = t_s[spell], xy[spell]
+    path, extent = _motion(xy)
+    if path < SHORTEST_PATH or extent < SMALLEST_EXTENT:
+        return Pointing(reason=RESTS)
+    if path < DELIBERATE * extent:
+        return Pointing(reason=PASSES)
+    wanders = _wanders(t_s, xy)
+    box, underlines = _box(xy * diagonal, size, wanders)
+    if box is None or box.area > LARGEST_AREA:
+        return Pointing(reason=TOO_SMALL if box is None else TOO_LARGE)
+    confidence = sure[spell].mean() * min(path / extent / ONCE_ROUND, 1.0) * extent / (extent + BLUR)
+    return Pointing(box, round(float(confidence) * (GUESSED if wanders or underlines else 1.0), 3))
 
 
 def _pointing_spell(t_s: Floats, xy: Floats) -> slice | None:
@@ -94,7 +162,8 @@ def _pointing_spell(t_s: Floats, xy: Floats) -> slice | None:
     return found
 
 
-def _is_deliberate(xy: Floats) -> bool:
+def _motion(xy: Floats) -> tuple[float, float]:
+    """Length of the way and diagonal of its extent."""
     # Steps within the tracker's own unrest do not add up to a gesture.
     kept = [xy[0]]
     for point in xy[1:]:
@@ -102,8 +171,7 @@ def _is_deliberate(xy: Floats) -> bool:
             kept.append(point)
     way = np.array(kept)
     path = float(np.hypot(*np.diff(way, axis=0).T).sum()) if len(way) > 1 else 0.0
-    extent = float(np.hypot(*np.ptp(xy, axis=0)))
-    return path >= SHORTEST_PATH and extent >= SMALLEST_EXTENT and path >= DELIBERATE * extent
+    return path, float(np.hypot(*np.ptp(xy, axis=0)))
 
 
 def _wanders(t_s: Floats, xy: Floats) -> bool:
@@ -117,14 +185,19 @@ def _wanders(t_s: Floats, xy: Floats) -> bool:
     return bool(rate < SLOW and turns < 0.95 and extent[1] >= UNDERLINE * extent[0])
 
 
-def _box(xy: Floats, size: tuple[int, int], wanders: bool) -> Box | None:
-    """A padded box (0..1) around the 5-95 % range of the points (pixels)."""
+def _box(xy: Floats, size: tuple[int, int], wanders: bool) -> tuple[Box | None, bool]:
+    """A padded box (0..1) around the 5-95 % range of the points (pixels), None if it is too small; and was it drawn
+    above an underline?"""
     (x1, y1), (x2, y2) = np.quantile(xy, (0.05, 0.95), axis=0)
-    if y2 - y1 < UNDERLINE * (x2 - x1):
+    underlines = bool(y2 - y1 < UNDERLINE * (x2 - x1))
+    if underlines:
         y1 = y2 - (x2 - x1)
     pad = PAD + (MIDDLE - 1) / 2 * wanders
     across, down = pad * (x2 - x1), pad * (y2 - y1)
-    across = max(across, (SMALLEST_SIDE * size[0] - (x2 - x1)) / 2)
-    down = max(down, (SMALLEST_SIDE * size[1] - (y2 - y1)) / 2)
+    short_x = (SMALLEST_SIDE * size[0] - (x2 - x1)) / 2
+    short_y = (SMALLEST_SIDE * size[1] - (y2 - y1)) / 2
+    if across < short_x and down < short_y:
+        return None, underlines
+    across, down = max(across, short_x), max(down, short_y)
     box = clipped_box((x1 - across) / size[0], (y1 - down) / size[1], (x2 + across) / size[0], (y2 + down) / size[1])
-    return box if box is not None and box.area <= LARGEST_AREA else None
+    return box, underlines

@@ -16,10 +16,11 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--transcripts", type=Path, help="folder of the transcripts (default: beside the videos)")
+    parser.add_argument(
+        "--grounding", choices=("pointing", "paper"), default="pointing",
+        help="how phrases get boxes: from the pointing during each, or by the clustering published with Quilt-LLaVA",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="for --grounding paper, which is drawn by lot (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
     if args.transcripts is not None and not args.transcripts.is_dir():
         raise ConfigError(f"--transcripts {args.transcripts}: no such folder")
     videos = find_videos(args.videos)
-    options = Options()
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError(f"--seed {args.seed}: expected 0 to {2**32 - 1}")
+    options = Options(grounding=args.grounding, seed=args.seed)
     tasks = [Task(video, args.transcripts, args.out, options) for video in videos]
     failures = dict(_work(tasks, args.workers))
     done = [task for task in tasks if task.video.name not in failures]
@@ -83,6 +91,13 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{len(done)} of {len(tasks)} videos: {counts['narratives']} narratives,"
         f" {counts['phrases']} phrases, {counts['boxes']} with a box -> {args.out}"
+    )
+    no_box = sum((Counter(read_json(task.part)["no_box"]) for task in done), Counter[str]())
+    if no_box:
+        print("without a box: " + ", ".join(f"{count} {reason}" for reason, count in no_box.most_common()))
+    write_json(
+        args.out / "narrate.json",
+        {"options": asdict(options), "videos": len(done), "failed": len(failures)} | counts | {"no_box": no_box},
     )
     if counts["warnings"]:
         print(f"warning: {counts['warnings']} remarks on what was used, see {args.out / 'warnings.jsonl'}")
@@ -169,6 +184,7 @@ def narrate_one(task: Task) -> str | None:
             "video": result.video.model_dump(mode="json"),
             "narratives": [record.model_dump(mode="json") for record in result.narratives],
             "captions": [record.model_dump(mode="json") for record in result.captions],
+            "no_box": result.no_box,
             "warnings": list(result.warnings),
         },
     )

@@ -8,8 +8,9 @@ video, so paths, boxes and records are made then.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ import numpy as np
 from medllava.instruct_gen.audio import heard
 from medllava.instruct_gen.background import Thinned
 from medllava.instruct_gen.cursor import LAG, Background, Floats, SpotFinder, Spots, joined, steadied
-from medllava.instruct_gen.grounding import ground
+from medllava.instruct_gen.grounding import Mode, grounded_phrases
 from medllava.instruct_gen.picture import KEPT, Crop, encode_png, find_crop, full_median, is_tissue
-from medllava.instruct_gen.records import GroundedCaption, Narrative, Phrase, TracePoint, Utterance, Video
+from medllava.instruct_gen.records import GroundedCaption, Narrative, TracePoint, Utterance, Video
 from medllava.instruct_gen.speech import read_transcript
 from medllava.instruct_gen.stable import SHORTEST_S, stable_runs
 from medllava.instruct_gen.track import Appearance, doubtful_rests, hot_spot, learn_appearance, likeliest, melted_rests
@@ -39,7 +40,13 @@ RESTING = 0.5
 
 @dataclass(frozen=True)
 class Options:
-    """What a person may choose about narrating; part of the fingerprint of finished work."""
+    """What a person may choose about narrating; part of the fingerprint of finished work.
+
+    ``grounding``: rule that gives phrases their boxes, ``seed`` is for the published one.
+    """
+
+    grounding: Mode = "pointing"
+    seed: int = 0
 
 
 DEFAULTS = Options()
@@ -52,6 +59,7 @@ class Result:
     video: Video
     narratives: tuple[Narrative, ...]
     captions: tuple[GroundedCaption, ...]
+    no_box: Counter[str] = field(default_factory=Counter)
     warnings: tuple[str, ...] = ()
 
 
@@ -88,6 +96,7 @@ def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULT
     appearance = learn_appearance([finder.outside_zone(chunk.spots) for chunk in chunks])
     offset = hot_spot(finder.patches.items, appearance) if appearance is not None else np.zeros(2, np.float32)
     narratives, captions = [], []
+    no_box: Counter[str] = Counter()
     for number, chunk in enumerate(chunks):
         trace = _trace(chunk, finder, appearance, offset, reader)
         said = [u for u in utterances if _overlap(u, chunk) >= 0.5 * (u.end_s - u.start_s)]
@@ -101,12 +110,11 @@ def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULT
             )
         )
         size = (chunk.crop[2] - chunk.crop[0], chunk.crop[3] - chunk.crop[1])
-        phrases = [
-            Phrase(text=u.text, start_s=u.start_s, end_s=u.end_s, box=ground(u, trace, size)) for u in said
-        ]
+        phrases, reasons = grounded_phrases(said, trace, size, options.grounding, options.seed)
+        no_box += reasons
         if phrases:
             captions.append(GroundedCaption(phrases=tuple(phrases), **common))
-    return Result(reader.video, tuple(narratives), tuple(captions), (*spoken.warnings, *silent))
+    return Result(reader.video, tuple(narratives), tuple(captions), no_box, (*spoken.warnings, *silent))
 
 
 def fingerprint(options: Options, *files: Path) -> str:

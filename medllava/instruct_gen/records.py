@@ -88,12 +88,14 @@ class Narrative(_Record):
 
 
 class Phrase(_Record):
-    """A piece of a caption and the region of interest it speaks of, if the cursor showed one."""
+    """A piece of a caption and the region of interest it speaks of, if the cursor showed one; ``confidence`` 0..1 in
+    its box, where the rule that drew it knows one."""
 
     text: str
     start_s: float
     end_s: float
     box: Box | None = None
+    confidence: float | None = Field(default=None, ge=0, le=1)
 
 
 class GroundedCaption(_Record):

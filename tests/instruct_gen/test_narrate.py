@@ -15,7 +15,7 @@ from medllava.images import load_image
 from medllava.instruct_gen import narrate
 from medllava.instruct_gen.__main__ import main
 from medllava.instruct_gen.records import GroundedCaption, Narrative, Video
-from medllava.jsonl import read_records, read_rows
+from medllava.jsonl import read_json, read_records, read_rows
 
 CLIPS = Path(os.environ.get("MEDLLAVA_CLIPS", Path(__file__).parents[3] / "shared" / "clips"))
 
@@ -209,3 +209,21 @@ def test_clips_with_known_truth(tmp_path):
     assert figures["cursor_median_px_at_720p"] <= 2.5
     assert figures["phrase_box_mean_iou"] >= 0.5 and figures["phrase_box_centre_in_truth"] >= 0.85
     assert figures["asides_given_a_box"] <= 0.1
+
+
+def test_a_seed_that_cannot_be_one(lecture, tmp_path, capsys):
+    assert narrated("--videos", lecture.path.parent, "--out", tmp_path, "--seed", -1) == 1
+    assert "--seed -1: expected 0 to" in capsys.readouterr().err
+
+
+def test_the_published_rule_can_be_chosen_and_is_recorded(lecture, out, tmp_path):
+    videos = copied(lecture, tmp_path / "videos", "case7")
+    assert narrated("--videos", videos, "--out", tmp_path, "--grounding", "paper", "--seed", 3) == 0
+    summary = read_json(tmp_path / "narrate.json")
+    assert (summary["options"]["grounding"], summary["options"]["seed"]) == ("paper", 3)
+    published = next(read_records(tmp_path / "captions.jsonl", GroundedCaption))
+    ours = next(read_records(out / "captions.jsonl", GroundedCaption))
+    assert [phrase.text for phrase in published.phrases] == [phrase.text for phrase in ours.phrases]
+    assert published.phrases[0].box != ours.phrases[0].box and published.phrases[0].confidence is None
+    assert read_json(out / "narrate.json")["no_box"] == {"no cursor": 1}
+    assert 0 < ours.phrases[0].confidence <= 1

@@ -2,7 +2,8 @@
 
 Each video's stable parts, the cursor's path in them and what was said meanwhile become one line of narratives.jsonl
 each; every phrase with the box the narrator pointed at (or null) goes to captions.jsonl, pictures to frames/. The
-transcript lies beside its video: STEM.words.json or .json (WhisperX, whisper), .srt or .vtt.
+transcript lies beside its video: STEM.words.json or .json (WhisperX, whisper), .json3 (YouTube), .srt or .vtt; --asr
+makes one for videos that have none.
 
 A video that cannot be used is named in failed.jsonl and the rest goes on; what was mended or left out in the others is
 in warnings.jsonl. Run again to go on after a stop: finished videos are not done twice. Speech in silence is dropped.
@@ -61,6 +62,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--transcripts", type=Path, help="folder of the transcripts (default: beside the videos)")
     parser.add_argument(
+        "--asr", nargs="?", const="faster-whisper:small", metavar="BACKEND:MODEL",
+        help="transcribe videos without a transcript into OUT/transcripts: faster-whisper:MODEL_OR_DIR (a name is"
+        " downloaded; without a value: faster-whisper:small) or transformers:DIR",
+    )
+    parser.add_argument(
         "--grounding", choices=("pointing", "paper"), default="pointing",
         help="how phrases get boxes: from the pointing during each, or by the clustering published with Quilt-LLaVA",
     )
@@ -79,7 +85,13 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--seed {args.seed}: expected 0 to {2**32 - 1}")
     options = Options(grounding=args.grounding, seed=args.seed)
     tasks = [Task(video, args.transcripts, args.out, options) for video in videos]
-    failures = dict(_work(tasks, args.workers))
+    failures: dict[str, str] = {}
+    if args.asr:
+        from medllava.instruct_gen.asr import transcribe_missing
+
+        failures = transcribe_missing(videos, args.transcripts, args.out / "transcripts", args.asr)
+    usable = [task for task in tasks if task.video.name not in failures]
+    failures = dict(sorted((failures | dict(_work(usable, args.workers))).items()))
     done = [task for task in tasks if task.video.name not in failures]
     if not done:
         first = next(iter(failures.values()))
@@ -166,7 +178,8 @@ def narrate_one(task: Task) -> str | None:
 
     try:
         try:
-            transcript = find_transcript(task.video, *([task.transcripts] if task.transcripts else []))
+            made_here = task.out / "transcripts"
+            transcript = find_transcript(task.video, task.transcripts or task.video.parent, made_here)
         except DataError:
             VideoReader(task.video)  # Of a damaged video without a transcript, the damage is what to hear of.
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,3 +93,44 @@ def lecture(tmp_path_factory: pytest.TempPathFactory) -> Lecture:
     encode(path, [picture_at(slide, number / FPS) for number in range(round(END_S * FPS))])
     path.with_suffix(".srt").write_text(TRANSCRIPT)
     return Lecture(path, slide[:, :WIDTH])
+
+
+AUDIO_RATE = 16000
+
+
+def make_sound(length_s: float, spoken: list[tuple[float, float]], room: float, level: float = 0.1) -> np.ndarray:
+    """Noise that comes in syllables while speaking, and the room's own noise."""
+    rng = np.random.default_rng(5)
+    t = np.arange(round(length_s * AUDIO_RATE)) / AUDIO_RATE
+    wave = room * rng.normal(size=len(t))
+    for start_s, end_s in spoken:
+        syllables = 0.5 + 0.5 * np.sin(2 * np.pi * 4 * t)
+        wave += np.where((t >= start_s) & (t < end_s), level * syllables * rng.normal(size=len(t)), 0)
+    return np.clip(wave, -1, 1).astype(np.float32)
+
+
+def add_sound(video: Path, out: Path, wave: np.ndarray) -> Path:
+    """``video`` copied with ``wave`` as its AAC track."""
+    with av.open(str(video)) as old, av.open(str(out), "w") as new:
+        picture = new.add_stream_from_template(old.streams.video[0])
+        track = new.add_stream("aac", rate=AUDIO_RATE, layout="mono")
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = picture
+                new.mux(packet)
+        for start in range(0, len(wave), 1024):
+            frame = av.AudioFrame.from_ndarray(wave[None, start : start + 1024], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = AUDIO_RATE, start
+            new.mux(track.encode(frame))
+        new.mux(track.encode())
+    return out
+
+
+@pytest.fixture(scope="session")
+def sound() -> Callable[..., np.ndarray]:
+    return make_sound
+
+
+@pytest.fixture(scope="session")
+def with_sound() -> Callable[..., Path]:
+    return add_sound

@@ -4,45 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
 from medllava.instruct_gen.__main__ import main
 from medllava.instruct_gen.audio import heard, measure_levels, silence_below
 from medllava.instruct_gen.records import Utterance
-
-RATE = 16000
-
-
-def sound(length_s: float, spoken: list[tuple[float, float]], room: float, level: float = 0.1) -> np.ndarray:
-    """Noise that comes in syllables while speaking, and the room's own noise."""
-    rng = np.random.default_rng(5)
-    t = np.arange(round(length_s * RATE)) / RATE
-    wave = room * rng.normal(size=len(t))
-    for start_s, end_s in spoken:
-        syllables = 0.5 + 0.5 * np.sin(2 * np.pi * 4 * t)
-        wave += np.where((t >= start_s) & (t < end_s), level * syllables * rng.normal(size=len(t)), 0)
-    return np.clip(wave, -1, 1).astype(np.float32)
-
-
-def with_sound(video: Path, out: Path, wave: np.ndarray) -> Path:
-    """``video`` copied with ``wave`` as its AAC track."""
-    with av.open(str(video)) as old, av.open(str(out), "w") as new:
-        picture = new.add_stream_from_template(old.streams.video[0])
-        track = new.add_stream("aac", rate=RATE, layout="mono")
-        for packet in old.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = picture
-                new.mux(packet)
-        for start in range(0, len(wave), 1024):
-            frame = av.AudioFrame.from_ndarray(wave[None, start : start + 1024], format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = RATE, start
-            new.mux(track.encode(frame))
-        new.mux(track.encode())
-    return out
 
 
 def said(*spans: tuple[float, float]) -> list[Utterance]:
@@ -51,7 +19,7 @@ def said(*spans: tuple[float, float]) -> list[Utterance]:
 
 @pytest.mark.parametrize("level", [0.3, 0.01])
 @pytest.mark.parametrize("room", [0.0, 0.0003])
-def test_only_what_can_be_heard_was_said(lecture, tmp_path, level, room):
+def test_only_what_can_be_heard_was_said(lecture, sound, with_sound, tmp_path, level, room):
     talk = with_sound(lecture.path, tmp_path / "talk.mp4", sound(14, [(0.2, 2.2), (3.5, 7.2)], room * level, level))
     utterances = said((0.3, 2.1), (3.5, 7.2), (6.5, 8.0), (8.0, 10.0), (11.0, 13.0))
     kept, warnings = heard(talk, utterances)
@@ -61,7 +29,7 @@ def test_only_what_can_be_heard_was_said(lecture, tmp_path, level, room):
     )
 
 
-def test_a_noisy_room_keeps_all_and_silence_keeps_nothing(lecture, tmp_path):
+def test_a_noisy_room_keeps_all_and_silence_keeps_nothing(lecture, sound, with_sound, tmp_path):
     utterances = said((0.3, 2.1), (8.0, 10.0))
     noisy = with_sound(lecture.path, tmp_path / "noisy.mp4", sound(14, [(0.2, 2.2)], 0.03))
     assert heard(noisy, utterances) == (tuple(utterances), ())
@@ -71,12 +39,12 @@ def test_a_noisy_room_keeps_all_and_silence_keeps_nothing(lecture, tmp_path):
     assert heard(lecture.path, utterances) == (tuple(utterances), ())
 
 
-def test_sound_that_ends_early_is_silent_from_there_on(lecture, tmp_path):
+def test_sound_that_ends_early_is_silent_from_there_on(lecture, sound, with_sound, tmp_path):
     short = with_sound(lecture.path, tmp_path / "short.mp4", sound(5, [(0.2, 5)], 0.0))
     assert heard(short, said((1, 4), (8, 12)))[0] == tuple(said((1, 4)))
 
 
-def test_levels_are_those_of_the_sound(lecture, tmp_path):
+def test_levels_are_those_of_the_sound(lecture, sound, with_sound, tmp_path):
     levels, fault = measure_levels(with_sound(lecture.path, tmp_path / "a.mp4", sound(14, [(2, 6)], 0.001)))
     assert fault is None
     assert levels is not None
@@ -86,7 +54,7 @@ def test_levels_are_those_of_the_sound(lecture, tmp_path):
     assert -60 <= silence_below(levels) < -40
 
 
-def test_silent_lecture_gives_no_caption_and_its_warning_comes_from_the_worker(lecture, tmp_path, capsys):
+def test_silent_lecture_gives_no_caption_and_the_user_hears_of_it(lecture, sound, with_sound, tmp_path, capsys):
     folder = tmp_path / "lectures"
     folder.mkdir()
     for name, spans in (("silent", []), ("spoken", [(0.2, 2.2), (3.5, 7.2), (10.3, 13.0)])):

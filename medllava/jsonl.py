@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -109,6 +110,25 @@ def write_json(path: Path, value: Any) -> None:
     with atomic_write(path) as file:
         json.dump(value, file, ensure_ascii=False, indent=1)
         file.write("\n")
+
+
+@contextmanager
+def write_json_list(path: Path) -> Iterator[Callable[[Any], None]]:
+    """Give a function that adds an item to a JSON list on disk, whole or not at all, as :func:`write_json` does.
+
+    Memory holds one item at a time.
+    """
+    with atomic_write(path) as file:
+        before = "["
+
+        def add(item: Any) -> None:
+            nonlocal before
+            text = json.dumps(item, ensure_ascii=False, indent=1)
+            file.write(before + textwrap.indent("\n" + text, " "))
+            before = ","
+
+        yield add
+        file.write("[]\n" if before == "[" else "\n]\n")
 
 
 def read_json(path: Path) -> Any:

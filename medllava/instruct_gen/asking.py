@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from medllava.errors import ServiceError
+from medllava.instruct_gen.captions import CaptionFile
 from medllava.instruct_gen.kinds import (
     DraftSteps,
     FactsSteps,
@@ -21,7 +22,7 @@ from medllava.instruct_gen.kinds import (
 )
 from medllava.instruct_gen.prompts import Prompt
 from medllava.instruct_gen.recipe import REASONING_KINDS, GenerateRecipe
-from medllava.instruct_gen.records import CaseFacts, GroundedCaption, Phrase
+from medllava.instruct_gen.records import CaseFacts
 from medllava.llm.base import RefusedError, Reply, Request, TextModel, UnansweredError, for_each
 from medllava.llm.budget import BudgetError
 from medllava.llm.cache import CachedModel, ReplyCache
@@ -38,7 +39,7 @@ MOST_FAILURES = 8
 class Plan:
     """What there is to ask, in the order in which the results are written."""
 
-    captions: Sequence[GroundedCaption]
+    captions: CaptionFile
     recipe: GenerateRecipe
     prompts: dict[str, Prompt]
 
@@ -46,10 +47,8 @@ class Plan:
         """The case-facts question of each video, in order of first appearance; none if no kind needs facts."""
         if not REASONING_KINDS & self.recipe.plans.keys():
             return
-        phrases: dict[str, list[Phrase]] = {}
-        for caption in self.captions:
-            phrases.setdefault(caption.video, []).extend(caption.phrases)
-        for video, spoken in phrases.items():
+        for video in self.captions.videos:
+            spoken = [phrase for caption in self.captions.of_video(video) for phrase in caption.phrases]
             spoken.sort(key=lambda phrase: phrase.start_s)
             yield video, facts_steps(video, spoken, self.recipe, self.prompts)
 
@@ -115,9 +114,9 @@ async def ask_all(plan: Plan, model: CachedModel, cache: ReplyCache) -> Trouble:
     """
     trouble = Trouble()
     try:
-        questions = list(plan.facts_by_video())
+        count = len(plan.captions.videos) if REASONING_KINDS & plan.recipe.plans.keys() else 0
         await ask_each(
-            "case facts", questions, len(questions),
+            "case facts", plan.facts_by_video(), count,
             lambda question: drive(*question, model, trouble), plan.recipe, cache, model.pace,
         )
         facts = {video: found for video, found in read_facts(plan, cache) if isinstance(found, CaseFacts)}

@@ -7,7 +7,8 @@ again, write the same bytes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +18,49 @@ from medllava.instruct_gen.gates import NearDuplicates, first_fault
 from medllava.instruct_gen.kinds import Draft, Task, UnusableReplyError, seeded_fraction
 from medllava.instruct_gen.recipe import GenerateRecipe
 from medllava.instruct_gen.records import CaseFacts, Dropped
-from medllava.jsonl import write_json, write_records
+from medllava.jsonl import atomic_write, to_line, write_json, write_json_list, write_records
 from medllava.llm.cache import ReplyCache
 
 
 def write_results(plan: Plan, cache: ReplyCache, trouble: Trouble, out: Path) -> dict[str, Any]:
-    """Write every result file into ``out``; returns what is in summary.json."""
+    """Write every result file into ``out``, sample by sample; returns what is in summary.json."""
+    split = split_videos(plan.captions.videos, plan.recipe.val_fraction, plan.recipe.seed)
     facts: dict[str, CaseFacts] = {}
-    dropped: list[Dropped] = []
-    for video, found in read_facts(plan, cache):
-        if isinstance(found, CaseFacts):
-            facts[video] = found
-        else:
-            reason = found.reason if found else trouble.why_absent(video)
-            dropped.append(Dropped(id=f"{video} (case facts)", reason=reason, raw=found.raw if found else None))
-    videos = list(dict.fromkeys(caption.video for caption in plan.captions))
-    split = split_videos(videos, plan.recipe.val_fraction, plan.recipe.seed)
-    rows: list[tuple[str, dict[str, Any]]] = []
+    kept: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    with ExitStack() as stack:
+        samples, dropped = (
+            stack.enter_context(atomic_write(out / name)) for name in ("samples.jsonl", "dropped.jsonl")
+        )
+        whole, *parts = (
+            stack.enter_context(write_json_list(out / name)) for name in ("llava.json", "train.json", "val.json")
+        )
+        part = dict(zip(("train", "val"), parts, strict=True))
 
-    def samples() -> Iterator[InstructionSample]:
+        def drop(row: Dropped) -> None:
+            dropped.write(to_line(row))
+            reasons[row.reason.partition(":")[0]] += 1
+
+        for video, found in read_facts(plan, cache):
+            if isinstance(found, CaseFacts):
+                facts[video] = found
+            else:
+                reason = found.reason if found else trouble.why_absent(video)
+                drop(Dropped(id=f"{video} (case facts)", reason=reason, raw=found.raw if found else None))
         duplicates = NearDuplicates()
         for task in plan.tasks(facts):
             result = _sample_or_drop(task, plan, cache, trouble, duplicates)
             if isinstance(result, Dropped):
-                dropped.append(result)
-            else:
-                rows.append((split[task.caption.video], result.to_llava()))
-                yield result
-
-    write_records(out / "samples.jsonl", samples())
-    write_records(out / "dropped.jsonl", dropped)
+                drop(result)
+                continue
+            kept[result.kind] += 1
+            samples.write(to_line(result))
+            row = result.to_llava()
+            whole(row)
+            part[split[task.caption.video]](row)
     write_records(out / "case_facts.jsonl", facts.values())
-    write_json(out / "llava.json", [row for _, row in rows])
-    for part in ("train", "val"):
-        write_json(out / f"{part}.json", [row for place, row in rows if place == part])
     write_json(out / "split.json", split)
-    summary = _summary(plan, cache, [row["kind"] for _, row in rows], dropped)
+    summary = _summary(plan, cache, kept, reasons)
     write_json(out / "summary.json", summary)
     return summary
 
@@ -104,15 +112,16 @@ def _sample(task: Task, draft: Draft, recipe: GenerateRecipe) -> InstructionSamp
     )
 
 
-def _summary(plan: Plan, cache: ReplyCache, kinds: list[str], dropped: list[Dropped]) -> dict[str, Any]:
+def _summary(plan: Plan, cache: ReplyCache, kept: Counter[str], reasons: Counter[str]) -> dict[str, Any]:
     price = plan.recipe.usd_per_million
     return {
-        "kept": {kind: kinds.count(kind) for kind in plan.recipe.plans},
-        "dropped": dict(sorted(Counter(row.reason.partition(":")[0] for row in dropped).items())),
+        "kept": {kind: kept[kind] for kind in plan.recipe.plans},
+        "dropped": dict(sorted(reasons.items())),
         "replies": len(cache),
         "prompt_tokens": cache.prompt_tokens,
+        "cached_tokens": cache.cached_tokens,
         "completion_tokens": cache.completion_tokens,
-        "usd": round(price.usd(cache.prompt_tokens, cache.completion_tokens), 4) if price else None,
+        "usd": round(cache.usd(price), 4) if price else None,
         "recipe": plan.recipe.model_dump(mode="json", exclude={"prompts", "concurrency"}),
         "prompts": {name: prompt.hash for name, prompt in plan.prompts.items()},
     }

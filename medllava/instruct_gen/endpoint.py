@@ -7,20 +7,18 @@ import asyncio
 import logging
 import socket
 import sys
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from medllava.errors import ConfigError, DataError, ServiceError
+from medllava.errors import ConfigError, ServiceError
 
 if TYPE_CHECKING:
+    from medllava.instruct_gen.captions import CaptionFile
     from medllava.instruct_gen.recipe import GenerateRecipe
-    from medllava.instruct_gen.records import GroundedCaption
     from medllava.llm.cache import CachedModel, ReplyCache
 
 log = logging.getLogger(__name__)
@@ -58,18 +56,11 @@ def read_recipe(args: argparse.Namespace) -> GenerateRecipe:
     return recipe.model_copy(update={"prompts": args.config.parent / recipe.prompts})
 
 
-def read_captions(path: Path, most: int | None = None) -> list[GroundedCaption]:
-    """The first ``most`` captions of a file. Raises DataError where there is none or an id occurs twice."""
-    from medllava.instruct_gen.records import GroundedCaption
-    from medllava.jsonl import read_records
+def read_captions(path: Path, most: int | None = None) -> CaptionFile:
+    """The first ``most`` captions of a file, read as they are needed."""
+    from medllava.instruct_gen.captions import CaptionFile
 
-    captions = list(islice(read_records(path, GroundedCaption), most))
-    if not captions:
-        raise DataError(f"{path}: no captions in it; make some with: python -m medllava.instruct_gen narrate")
-    repeated = [id for id, count in Counter(caption.id for caption in captions).items() if count > 1]
-    if repeated:
-        raise DataError(f"{path}: the id {repeated[0]!r} occurs more than once; ids must be unique")
-    return captions
+    return CaptionFile(path, most)
 
 
 @dataclass(frozen=True)

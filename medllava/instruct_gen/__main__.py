@@ -1,4 +1,4 @@
-"""``python -m medllava.instruct_gen narrate | generate | check``: from narrated videos to instruction data."""
+"""``python -m medllava.instruct_gen STEP``: from narrated videos to instruction data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from medllava.errors import run_cli
 from medllava.steps import run_step
 
-STEPS = ("narrate", "generate", "check")
+STEPS = ("narrate", "generate", "export", "check")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,8 +23,8 @@ BOX_COLOURS = ("#e6194b", "#0082c8", "#f58231", "#3cb44b", "#911eb4", "#46f0f0",
 
 
 def load_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open a file, encoded bytes or a ``data:image/...;base64,`` URI as RGB, upright (EXIF applied), on white if it
-    has transparency. Nothing is fetched from a network.
+    """Open a file, encoded bytes or a ``data:image/...;base64,`` URI as RGB, upright (EXIF applied); transparency
+    is dropped. Nothing is fetched from a network.
 
     Raises DataError that names the source and says why: missing, empty, not an image, truncated, or (ImageTooLarge)
     of too many pixels.
@@ -98,8 +98,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         low, high = image.getextrema()
         span = float(high) - float(low) or 1.0  # type: ignore[arg-type]
         image = image.point(lambda value: (value - float(low)) * 255.0 / span).convert("L")  # type: ignore[arg-type]
-    if "A" in image.getbands() or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        white = Image.new("RGBA", layered.size, "white")
-        return Image.alpha_composite(white, layered).convert("RGB")
+    # Transparency is dropped, not laid on white: so did the code that the published weights were trained with.
     return image.convert("RGB")

@@ -100,3 +100,88 @@ def test_what_is_refused_says_why(labelled: list[tuple[Row, Row, Row]]) -> None:
     assert "tags for 1 images" in refused["two_images_one_message"]
     assert "is empty" in refused["empty_answer"]
     assert "stands in an answer" in refused["image_in_answer"]
+
+
+KINDS = ("full", "lora", "pretrain")
+
+
+@pytest.fixture(scope="module")
+def converted(parity: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each original checkpoint after ``model convert``, under a name that says nothing."""
+    folder = tmp_path_factory.mktemp("converted")
+    for number, kind in enumerate(KINDS):
+        source = parity / "checkpoints" / f"tiny-llava-v1.5-{kind}"
+        done = run("model", "convert", source, folder / f"{number:02d}")
+        assert done.returncode == 0, done.stderr
+    return {kind: folder / f"{number:02d}" for number, kind in enumerate(KINDS)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_converted_checkpoints_compute_what_the_original_does(
+    kind: str, converted: dict[str, Path], parity: Path
+) -> None:
+    import numpy as np
+    import torch
+
+    from medllava.conversation import Turn
+    from medllava.images import load_image
+    from medllava.model import checkpoint
+    from medllava.model.pixels import pixel_values, square_padding, tokens_per_image
+    from medllava.model.prompt import PromptBuilder
+    from medllava.train.forward import vision_features
+
+    loaded = checkpoint.load(converted[kind], device="cpu", dtype="float32")
+    prompts = PromptBuilder(
+        loaded.tokenizer, loaded.manifest.chat_format, tokens_per_image=tokens_per_image(loaded.processor)
+    )
+    expected = json.loads((parity / "checkpoints" / "expected" / f"tiny-llava-v1.5-{kind}.json").read_text())
+    arrays = np.load(parity / "checkpoints" / "expected" / f"tiny-llava-v1.5-{kind}.npz")
+    assert loaded.manifest.padding == ("none" if kind == "pretrain" else "square")
+    compared = 0
+    for row in expected["rows"]:
+        if row["path"] not in ("pad", "vqa"):
+            continue
+        processor = loaded.image_processor
+        if row["path"] != ("pad" if loaded.manifest.padding == "square" else "vqa"):
+            if row["path"] != "pad":
+                continue
+            processor = square_padding(processor)  # the original's command line pads whatever the config says
+        picture = load_image(parity / "checkpoints" / "images" / row["image"])
+        pixels = pixel_values(processor, [picture])
+        name = f"p{row['pair']:02d}.{row['path']}"
+        assert np.abs(pixels[0].numpy() - arrays[f"{name}.pixel_values"]).max() <= 1e-5
+        ids = prompts.question([Turn(role="user", text=f"<image>\n{row['prompt']}")])
+        flat = _flat(ids, prompts.image_token_id, prompts.tokens_per_image)
+        given = row["input_ids"]
+        assert flat == (json.loads(given) if isinstance(given, str) else given)
+        with torch.no_grad():
+            features = vision_features(loaded.model, pixels)
+            projected = loaded.model.model.multi_modal_projector(features)
+            logits = loaded.model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, -1]
+            made = loaded.model.generate(
+                input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                pixel_values=pixels, do_sample=False, min_new_tokens=32, max_new_tokens=32,
+            )[0, len(ids) :]
+        assert np.abs(projected[0].numpy() - arrays[f"{name}.image_features"]).max() <= 1e-4
+        last = arrays[f"{name}.last_logits"]
+        assert np.abs(logits[: len(last)].numpy() - last).max() <= 1e-4
+        assert int(logits.argmax()) < len(last), "the picture's own token must never be said"
+        safe = row["safe_len_32"]
+        assert made.tolist()[:safe] == row["generated_ids_32"][:safe]
+        compared += 1
+    assert compared >= 6
+
+
+def _flat(ids: list[int], image_id: int, count: int) -> list[int]:
+    """A picture's run of tokens as the one mark that the original has."""
+    found: list[int] = []
+    skip = 0
+    for id in ids:
+        if skip:
+            skip -= 1
+        elif id == image_id:
+            found.append(ORIGINAL_IMAGE)
+            skip = count - 1
+        else:
+            found.append(id)
+    return found

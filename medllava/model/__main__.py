@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         step = steps.add_parser(name, help=text, epilog=f"example: medllava model {name} demo-out/stage2 new-folder")
         step.add_argument("source", metavar="SRC", type=Path)
         step.add_argument("target", metavar="DST", type=Path)
+        if name == "convert":
+            step.add_argument("--base", metavar="DIR", type=Path, help="language model of a LoRA or projector folder")
+            step.add_argument("--vision-tower", metavar="DIR", type=Path, help="image encoder, if not where it is named")
+            step.add_argument("--chat-format", default="vicuna_v1", help="how it was trained to chat (default: %(default)s)")
     tiny = steps.add_parser(
         "tiny", help="a checkpoint with random weights, for trying the other commands",
         epilog="example: medllava model tiny tiny-checkpoint",
@@ -46,8 +50,12 @@ def main(argv: list[str] | None = None) -> int:
         _refuse_existing(arguments.target)
         tiny_checkpoint(arguments.target, seed=arguments.seed)
     elif arguments.step == "convert":
-        raise CheckpointError(
-            f"{arguments.source}: original LLaVA folders cannot be converted yet; use a Hugging Face one"
+        from medllava.model.convert import convert
+
+        _refuse_existing(arguments.target)
+        convert(
+            arguments.source, arguments.target, base=arguments.base, vision_tower=arguments.vision_tower,
+            chat_format=arguments.chat_format,
         )
     else:
         _merge(arguments.source, arguments.target)

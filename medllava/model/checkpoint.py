@@ -121,7 +121,7 @@ def load(
         return Loaded(model.eval(), _load_processor(folder), manifest, None)
 
     base = resolve_base(folder, manifest)
-    projector = _read_tensors(folder / PROJECTOR_FILE)
+    projector = read_tensors(folder / PROJECTOR_FILE)
     _check_projector_fits(folder, projector, base)
     model = _load_full(base, manifest.revision, place, kind, quantization)
     _assign(model.model.multi_modal_projector, projector, folder / PROJECTOR_FILE)
@@ -350,7 +350,7 @@ def _load_full(source: str | Path, revision: str | None, device: str, dtype: tor
     faults = [f"missing {name}" for name in sorted(report["missing_keys"])]
     faults += [f"unexpected {name}" for name in sorted(report["unexpected_keys"])]
     faults += [f"mis-shaped {_mismatch(entry)}" for entry in report["mismatched_keys"]]
-    _refuse(str(source), faults)
+    refuse(str(source), faults)
     normalise_generation_config(model)
     return model if quantization else model.to(device)
 
@@ -404,7 +404,7 @@ def _check_hugging_face(folder: Path) -> None:
             raise CheckpointError(f"{folder / name}: damaged or cut off ({_first_line(error)})") from error
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -433,7 +433,7 @@ def _check_projector_fits(folder: Path, projector: dict[str, torch.Tensor], base
 
 def _assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> None:
     own = module.state_dict()
-    _refuse(str(source), _differences(own, tensors))
+    refuse(str(source), differences(own, tensors))
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
@@ -442,17 +442,17 @@ def _assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: P
 def _with_adapter(model: Any, folder: Path) -> Any:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    tensors = _read_tensors(folder / ADAPTER_FILES[1])
+    tensors = read_tensors(folder / ADAPTER_FILES[1])
     config = LoraConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = model.name_or_path
     with quiet_peft():
         wrapped = get_peft_model(model, config)
-    _refuse(str(folder / ADAPTER_FILES[1]), _differences(get_peft_model_state_dict(wrapped), tensors))
+    refuse(str(folder / ADAPTER_FILES[1]), differences(get_peft_model_state_dict(wrapped), tensors))
     set_peft_model_state_dict(wrapped, tensors)
     return wrapped
 
 
-def _differences(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
+def differences(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
     faults = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
     faults += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
     faults += [
@@ -463,7 +463,7 @@ def _differences(expected: dict[str, torch.Tensor], found: dict[str, torch.Tenso
     return faults
 
 
-def _refuse(source: str, faults: list[str]) -> None:
+def refuse(source: str, faults: list[str]) -> None:
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise CheckpointError(f"{source}: tensors do not match the model: {'; '.join(faults[:5])}{more}")

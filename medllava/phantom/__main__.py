@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         "--webcam", action=argparse.BooleanOptionalAction, default=None,
         help="a talking head in a corner of every video, or of none (default: of one in eight)",
     )
+    parser.add_argument(
+        "--questions", action="store_true", help="the narrator asks questions, and answers most of them (default: no)"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     arguments = parser.parse_args(argv)
     _check(arguments)
@@ -48,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
     settings = Settings(
         fields=arguments.fields, width=arguments.width, height=arguments.height, fps=arguments.fps,
-        webcam=arguments.webcam, noise=arguments.noise,
+        webcam=arguments.webcam, noise=arguments.noise, questions=arguments.questions,
     )
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)

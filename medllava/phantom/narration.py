@@ -50,6 +50,19 @@ _ASIDES = (
     "As always, look around first.",
     "Just give me a second here.",
 )
+_ASK_PLACE = (
+    "What do we see in the {q}?",
+    "So what is this in the {q} here?",
+    "And what have we got in the {q}?",
+)
+_ASK_PRESENCE = ("Is there {a} in this field?", "Do we see {a} here?", "Can you find {a} in this field?")
+_GENERAL = (
+    ("How thick is a section like this?", "A section like this is about four microns thick."),
+    ("Which stain do we use for this?", "We use hematoxylin and eosin for this."),
+    ("Why do we fix tissue in formalin?", "We fix tissue in formalin to stop it from decaying."),
+    ("Do all sections get a cover slip?", "Yes, all sections get a cover slip."),
+)
+_OPEN_ENDED = ("What would you do next with this patient?", "How old do you think the patient was?")
 _WELCOMES = ("Welcome to another case.", "Hello, let us look at a new case.", "Good morning, here is the next case.")
 
 
@@ -72,6 +85,28 @@ def name_clue(rng: np.random.Generator, kind: str) -> str:
 def tell_diagnosis(rng: np.random.Generator, diagnosis: str) -> str:
     named = diagnosis if diagnosis.endswith("itis") else article(diagnosis)
     return pick(rng, _DIAGNOSES).format(d=named)
+
+
+def ask_place(rng: np.random.Generator, quadrant: str) -> str:
+    """A question that the next sentence, which names the finding there, answers."""
+    return pick(rng, _ASK_PLACE).format(q=quadrant)
+
+
+def ask_presence(rng: np.random.Generator, kind: str, present: bool) -> tuple[str, str]:
+    """A question that yes or no answers, and its answer."""
+    name = pick(rng, FINDINGS[kind])
+    question = pick(rng, _ASK_PRESENCE).format(a=article(name))
+    return question, f"Yes, there is {article(name)} here." if present else f"No, there is no {name} here."
+
+
+def ask_general(rng: np.random.Generator) -> tuple[str, str]:
+    """A question that needs no image, and its answer."""
+    return pick(rng, _GENERAL)
+
+
+def ask_in_vain(rng: np.random.Generator) -> str:
+    """A question that the narrator leaves unanswered."""
+    return pick(rng, _OPEN_ENDED)
 
 
 def say_aside(rng: np.random.Generator) -> str:

@@ -21,7 +21,8 @@ def is_done(out: Path, seed: int, index: int, settings: Settings) -> bool:
     if not path.exists():
         return False
     made_with = read_json(path).get("settings")
-    if made_with != asdict(settings):
+    # A case made before an option existed was made without it.
+    if made_with is None or {**asdict(Settings()), **made_with} != asdict(settings):
         raise ConfigError(
             f"{path}: was made with {made_with}, now asked for {asdict(settings)}; choose another --out or --seed"
         )
@@ -73,6 +74,7 @@ def describe_truth(session: Session) -> dict[str, Any]:
         "seed": session.seed,
         "index": session.index,
         "settings": asdict(settings),
+        **({"questions": [asdict(asked) for asked in session.asked]} if settings.questions else {}),
         "fps": fps,
         "frames": session.frames,
         "width": settings.width,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medllava.geometry import QUADRANTS, Box, parse_boxes, strip_boxes
-from medllava.phantom import grammar
+from medllava.phantom import grammar, second_looks
 
 _TASK = re.compile(r"^Task: (.+?)\s*$", re.MULTILINE)
 _REMARK = re.compile(r'^- ("(?:[^"\\]|\\.)*")\s*(\[[^\]]*\]|\(no region\))[ \t]*$', re.MULTILINE)
@@ -74,6 +74,8 @@ def read_findings(text: str) -> list[Finding]:
 def _mentions(remark: str, box: Box | None) -> list[Finding]:
     told: list[tuple[str, str | None]] = []
     for sentence in _SENTENCE.split(remark):
+        if sentence.endswith("?"):
+            continue  # A question tells nothing.
         kinds = [kind for kind in grammar.find_kinds(sentence) if not _negated(sentence, kind)]
         quadrants = grammar.find_quadrants(sentence)
         if len(kinds) == len(quadrants):
@@ -239,8 +241,9 @@ def _case_facts(text: str, rng: random.Random) -> dict[str, Any]:
     named = [name for name in grammar.DIAGNOSES if re.search(rf"\b{name}\b", said)]
     diagnosis = named[0] if len(named) == 1 else None
     clues = [
-        {"text": remark, "time_s": time} for time, remark in remarks
+        {"text": remark, "time_s": time, "quote": remark} for time, remark in remarks
         if diagnosis and set(grammar.find_kinds(remark)) & set(grammar.DIAGNOSES[diagnosis])
+        and not remark.endswith("?") and not remark.startswith("No, ")
     ]
     return {"diagnosis": diagnosis, "single_case": len(named) <= 1, "clues": clues}
 
@@ -330,4 +333,5 @@ _WRITERS: dict[str, Callable[[str, random.Random], dict[str, Any]]] = {
     "iterative abduction, student": _student,
     "iterative abduction, assistant": _assistant,
     "grounding": _grounding,
+    **second_looks.WRITERS,
 }

@@ -6,7 +6,7 @@ A plan is made from (seed, index) alone and holds no pixels; :mod:`medllava.phan
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from medllava.geometry import Point
 from medllava.phantom import narration
 from medllava.phantom.cursor import STYLES, Gesture, Rest, sample_pointing, sample_size
-from medllava.phantom.grammar import DIAGNOSES
+from medllava.phantom.grammar import DIAGNOSES, FINDINGS
 from medllava.phantom.tissue import Finding, sample_field
 
 FIELDS_PER_SLIDE = 12
@@ -31,12 +31,16 @@ _ASIDE_SHARE = 0.15
 _LEAD_S = 0.3
 """The pointer is at a finding this long before its name is spoken."""
 
-Role = Literal["title", "finding", "clue", "aside", "diagnosis"]
+_QUESTION_SHARE = 0.6
+"""Of the fields of a case with questions, the share in which one is asked."""
+
+Role = Literal["title", "finding", "clue", "aside", "diagnosis", "question", "answer"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a person chooses about the videos. ``webcam`` None: about one video in eight has a talking head."""
+    """What a person chooses about the videos. ``webcam`` None: about one video in eight has a talking head.
+    ``questions``: the narrator asks questions, and answers most of them."""
 
     fields: int = 12
     width: int = 320
@@ -44,6 +48,7 @@ class Settings:
     fps: int = 8
     webcam: bool | None = None
     noise: float = 0.0
+    questions: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,17 @@ class Line:
     text: str
     role: Role
     finding: Finding | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of the narrator and the sentence that answers it, or None if nothing does."""
+
+    question: str
+    answer: str | None
+    type: Literal["open", "closed"]
+    image_dependent: bool
+    time_s: float
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,7 @@ class Session:
     slides: tuple[tuple[int, int], ...]
     dwells: tuple[Dwell, ...]
     lines: tuple[Line, ...]
+    asked: tuple[Asked, ...]
     gestures: tuple[Gesture, ...]
     cursor: str
     cursor_size_px: int
@@ -109,7 +126,9 @@ def plan_session(seed: int, index: int, settings: Settings) -> Session:
     fields = _with_clues(rng, fields, DIAGNOSES[diagnosis])
     slides, windows = _lay_out(rng, settings)
     style = narration.pick(rng, STYLES)
-    speaker = _Speaker(rng, settings, webcam_px)
+    # Questions have their own draws: with and without them a case has the same fields.
+    curious = np.random.default_rng([seed, index, 1]) if settings.questions else None
+    speaker = _Speaker(rng, settings, webcam_px, curious)
     speaker.open()
     clues = _choose_clues(rng, fields, DIAGNOSES[diagnosis])
     dwells: list[Dwell] = []
@@ -124,8 +143,9 @@ def plan_session(seed: int, index: int, settings: Settings) -> Session:
         dwells.append(Dwell(start, speaker.frame, slide, window, magnification, tuple(findings)))
     return Session(
         name=video_name(seed, index), seed=seed, index=index, settings=settings, diagnosis=diagnosis,
-        slides=slides, dwells=tuple(dwells), lines=tuple(speaker.lines), gestures=tuple(speaker.gestures),
-        cursor=style, cursor_size_px=sample_size(rng, style, settings.height), webcam_px=webcam_px,
+        slides=slides, dwells=tuple(dwells), lines=tuple(speaker.lines), asked=tuple(speaker.asked),
+        gestures=tuple(speaker.gestures), cursor=style, cursor_size_px=sample_size(rng, style, settings.height),
+        webcam_px=webcam_px,
     )
 
 
@@ -133,9 +153,11 @@ class _Speaker:
     """Keeps the clock of a case while lines and gestures are added one after another."""
 
     def __init__(
-        self, rng: np.random.Generator, settings: Settings, webcam_px: tuple[int, int, int, int] | None
+        self, rng: np.random.Generator, settings: Settings, webcam_px: tuple[int, int, int, int] | None,
+        curious: np.random.Generator | None = None,
     ) -> None:
-        self.rng, self.settings, self.webcam_px = rng, settings, webcam_px
+        self.rng, self.settings, self.webcam_px, self.curious = rng, settings, webcam_px, curious
+        self.asked: list[Asked] = []
         self.frame = 0
         self.lines: list[Line] = []
         self.gestures: list[Gesture] = []
@@ -159,12 +181,18 @@ class _Speaker:
         t = start + self.rng.uniform(_LEAD_S + 0.05, 0.55)
         order = [findings[i] for i in self.rng.permutation(len(findings))]
         aside_before = int(self.rng.integers(len(order) + 1)) if self.rng.random() < _ASIDE_SHARE else -1
+        sort = self._sort_of_question()
         for number, finding in enumerate(order):
             if number == aside_before:
                 t = self._digress(t, findings)
+            if number == 0 and sort == "place":
+                t = self._ask_place(t, finding)
             t = self._show(t, finding, finding in clues)
+            if number == 0 and self.asked and self.asked[-1].answer == "":
+                self.asked[-1] = replace(self.asked[-1], answer=self.lines[-1].text)
         if aside_before == len(order):
             t = self._digress(t, findings)
+        t = self._ask(t, sort, findings)
         if diagnosis is not None:
             t = self._say(t, narration.tell_diagnosis(self.rng, diagnosis), "diagnosis") + self._pause()
         end = self.lines[-1].end_s + self.rng.uniform(0.1, 0.3)
@@ -181,6 +209,39 @@ class _Speaker:
         stop = end + self.rng.uniform(-0.1, 0.0)
         self.gestures.append(sample_pointing(self.rng, t - _LEAD_S, stop, finding.box_px))
         return end + self._pause()
+
+    def _sort_of_question(self) -> str | None:
+        """Which sort of question is asked in a field; None: none."""
+        if self.curious is None or self.curious.random() >= _QUESTION_SHARE:
+            return None
+        return narration.pick(self.curious, ("place", "place", "presence", "presence", "general", "in vain"))
+
+    def _ask_place(self, t: float, finding: Finding) -> float:
+        """Ask what lies somewhere; the finding that is named next is the answer."""
+        assert self.curious is not None
+        text = narration.ask_place(self.curious, _quadrant(finding, self.settings))
+        self.asked.append(Asked(text, "", "open", True, round(t, 3)))
+        return self._say(t, text, "question") + self._pause()
+
+    def _ask(self, t: float, sort: str | None, findings: list[Finding]) -> float:
+        """Ask what can be answered in words, while the pointer stays where it is."""
+        if self.curious is None or sort in (None, "place"):
+            return t
+        if sort == "in vain":
+            self.asked.append(Asked(text := narration.ask_in_vain(self.curious), None, "open", False, round(t, 3)))
+            return self._say(t, text, "question") + self._pause()
+        if sort == "general":
+            text, answer = narration.ask_general(self.curious)
+        else:
+            here = tuple(dict.fromkeys(finding.kind for finding in findings))
+            absent = tuple(kind for kind in FINDINGS if kind not in here)
+            present = bool(self.curious.random() < 0.5)
+            kind = narration.pick(self.curious, here if present else absent)
+            text, answer = narration.ask_presence(self.curious, kind, present)
+        closed = answer.startswith(("Yes", "No"))
+        self.asked.append(Asked(text, answer, "closed" if closed else "open", sort == "presence", round(t, 3)))
+        t = self._say(t, text, "question") + self._pause()
+        return self._say(t, answer, "answer") + self._pause()
 
     def _digress(self, t: float, findings: list[Finding]) -> float:
         end = self._say(t, narration.say_aside(self.rng), "aside", shortest=1.4)

@@ -152,7 +152,7 @@ def test_dialogue_reaches_the_diagnosis_in_the_last_round():
 def test_case_facts():
     remarks = '- 3.0 s: "Here we have a gland."\n- 9.5 s: "So this is an adenocarcinoma."\n- 12.0 s: "And an adipose."'
     found = json.loads(reply_to([{"role": "user", "content": f"Task: case facts\n{remarks}"}]))
-    clues = [{"text": "Here we have a gland.", "time_s": 3.0}]
+    clues = [{"text": "Here we have a gland.", "time_s": 3.0, "quote": "Here we have a gland."}]
     assert found == {"diagnosis": "adenocarcinoma", "single_case": True, "clues": clues}
     both = json.loads(reply_to([{"role": "user", "content": f'Task: case facts\n{remarks}\n- 20 s: "A meningioma."'}]))
     assert both["diagnosis"] is None and not both["single_case"]

@@ -18,8 +18,8 @@ _FROM_LLAVA: dict[str, Role] = {
 _TO_LLAVA = {"user": "human", "assistant": "gpt", "system": "system"}
 
 Kind = Literal[
-    "conversation", "description", "complex_reasoning", "iterative_abduction", "grounding", "caption", "question", "vqa",
-    "other",
+    "conversation", "description", "complex_reasoning", "iterative_abduction", "grounding", "caption", "question",
+    "vqa", "other",
 ]
 
 
@@ -77,6 +77,15 @@ class InstructionSample(BaseModel):
         return row
 
 
+def _labels(row: dict[str, Any]) -> dict[str, Any]:
+    """The optional keys of a row as far as they are ours; Quilt-VQA's rows write OPEN and CLOSED."""
+    kind, dependent = str(row.get("answer_type")).lower(), row.get("image_dependent")
+    return {
+        "answer_type": kind if kind in {"open", "closed"} else None,
+        "image_dependent": dependent if isinstance(dependent, bool) else None,
+    }
+
+
 def sample_from_llava(row: dict[str, Any], where: str = "row") -> InstructionSample:
     """Read a row of LLaVA JSON (also one without ``kind`` and ``provenance``).
 
@@ -107,7 +116,7 @@ def sample_from_llava(row: dict[str, Any], where: str = "row") -> InstructionSam
     try:
         return InstructionSample(
             id=str(row.get("id", where)), kind=row.get("kind", "other"), images=images, turns=tuple(turns),
-            provenance=Provenance.model_validate(row.get("provenance", {})), **{key: row.get(key) for key in _OPTIONAL},
+            provenance=Provenance.model_validate(row.get("provenance", {})), **_labels(row),
         )
     except ValidationError as error:
         raise DataError(f"{where}: {describe(error)}") from error

@@ -11,15 +11,10 @@ from tqdm import tqdm
 
 from medllava.errors import ServiceError
 from medllava.instruct_gen.captions import CaptionFile
-from medllava.instruct_gen.kinds import (
-    DraftSteps,
-    FactsSteps,
-    Task,
-    UnusableReplyError,
-    draft_steps,
-    facts_steps,
-    seeded_fraction,
-)
+from medllava.instruct_gen.checks import sample_steps
+from medllava.instruct_gen.facts import FactsSteps, facts_steps
+from medllava.instruct_gen.kinds import DraftSteps, Task, UnusableReplyError, seeded_fraction
+from medllava.instruct_gen.narrator_questions import NarratorQuestion, narrator_questions
 from medllava.instruct_gen.prompts import Prompt
 from medllava.instruct_gen.recipe import REASONING_KINDS, GenerateRecipe
 from medllava.instruct_gen.records import CaseFacts
@@ -54,19 +49,28 @@ class Plan:
 
     def tasks(self, facts: dict[str, CaseFacts]) -> Iterator[Task]:
         """Every sample to be made: by caption, then kind, then number. Reasoning kinds only where ``facts`` has the
-        diagnosis of a single case."""
+        diagnosis of a single case; ``question`` as often as the narrator asked something, ``per_caption`` at most."""
+        asked: dict[str, tuple[NarratorQuestion, ...]] = {}
+        video: str | None = None
         for caption in self.captions:
             case = facts.get(caption.video)
+            if "question" in self.recipe.plans and caption.video != video:
+                video = caption.video
+                asked = narrator_questions(self.captions.of_video(video))
             for kind, plan in self.recipe.plans.items():
                 if kind in REASONING_KINDS and not (case and case.diagnosis and case.single_case):
                     continue
                 if seeded_fraction(self.recipe.seed, "chosen", kind, caption.id) >= plan.fraction:
                     continue
+                if kind == "question":
+                    for number, question in enumerate(asked.get(caption.id, ())[: plan.per_caption], start=1):
+                        yield Task(caption, kind, number, case, question)
+                    continue
                 for number in range(1, plan.per_caption + 1):
                     yield Task(caption, kind, number, case)
 
     def steps(self, task: Task) -> DraftSteps:
-        return draft_steps(task, self.recipe, self.prompts)
+        return sample_steps(task, self.recipe, self.prompts)
 
 
 @dataclass

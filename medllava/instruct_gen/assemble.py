@@ -14,12 +14,16 @@ from typing import Any
 
 from medllava.conversation import IMAGE_TAG, InstructionSample, Provenance, Turn
 from medllava.instruct_gen.asking import Plan, Trouble, read_facts, replay
-from medllava.instruct_gen.gates import NearDuplicates, first_fault
+from medllava.instruct_gen.duplicates import NearDuplicates
 from medllava.instruct_gen.kinds import Draft, Task, UnusableReplyError, seeded_fraction
 from medllava.instruct_gen.recipe import GenerateRecipe
 from medllava.instruct_gen.records import CaseFacts, Dropped
+from medllava.instruct_gen.wording import verdict
 from medllava.jsonl import atomic_write, to_line, write_json, write_json_list, write_records
 from medllava.llm.cache import ReplyCache
+
+_BENCHMARKS = {True: "questions.jsonl", False: "questions_general.jsonl"}
+"""The narrators' questions of the val videos: those that need the image, and those of general knowledge."""
 
 
 def write_results(plan: Plan, cache: ReplyCache, trouble: Trouble, out: Path) -> dict[str, Any]:
@@ -36,6 +40,10 @@ def write_results(plan: Plan, cache: ReplyCache, trouble: Trouble, out: Path) ->
             stack.enter_context(write_json_list(out / name)) for name in ("llava.json", "train.json", "val.json")
         )
         part = dict(zip(("train", "val"), parts, strict=True))
+        benchmark = {
+            dependent: stack.enter_context(atomic_write(out / name))
+            for dependent, name in _BENCHMARKS.items() if "question" in plan.recipe.plans
+        }
 
         def drop(row: Dropped) -> None:
             dropped.write(to_line(row))
@@ -44,10 +52,12 @@ def write_results(plan: Plan, cache: ReplyCache, trouble: Trouble, out: Path) ->
         for video, found in read_facts(plan, cache):
             if isinstance(found, CaseFacts):
                 facts[video] = found
+                for reason in found.rejected:
+                    drop(Dropped(id=f"{video} (case facts)", reason=reason))
             else:
                 reason = found.reason if found else trouble.why_absent(video)
                 drop(Dropped(id=f"{video} (case facts)", reason=reason, raw=found.raw if found else None))
-        duplicates = NearDuplicates()
+        duplicates = NearDuplicates(plan.recipe.duplicates_across_images)
         for task in plan.tasks(facts):
             result = _sample_or_drop(task, plan, cache, trouble, duplicates)
             if isinstance(result, Dropped):
@@ -58,6 +68,8 @@ def write_results(plan: Plan, cache: ReplyCache, trouble: Trouble, out: Path) ->
             row = result.to_llava()
             whole(row)
             part[split[task.caption.video]](row)
+            if result.kind == "question" and split[task.caption.video] == "val":
+                benchmark[bool(result.image_dependent)].write(to_line(_question(result)))
     write_records(out / "case_facts.jsonl", facts.values())
     write_json(out / "split.json", split)
     summary = _summary(plan, cache, kept, reasons)
@@ -85,13 +97,10 @@ def _sample_or_drop(
     try:
         draft = replay(plan.steps(task), cache)
     except UnusableReplyError as error:
-        return Dropped(id=task.id, reason=error.reason, raw=error.raw)
+        return Dropped(id=task.id, reason=error.reason, raw=error.raw or None)
     except LookupError:
         return Dropped(id=task.id, reason=trouble.why_absent(task.id))
-    boxes = [phrase.box for phrase in task.caption.phrases if phrase.box]
-    diagnosis = task.facts.diagnosis if task.facts else None
-    reason = first_fault(task.kind, draft.turns, boxes, diagnosis)
-    reason = reason or duplicates.fault(task.caption.image, draft.turns)
+    reason = duplicates.fault(task.id, task.caption.image, draft.turns)
     if reason:
         return Dropped(id=task.id, reason=reason, raw=draft.raw)
     return _sample(task, draft, plan.recipe)
@@ -104,12 +113,24 @@ def _sample(task: Task, draft: Draft, recipe: GenerateRecipe) -> InstructionSamp
     phrases = task.caption.phrases
     return InstructionSample(
         id=task.id, kind=task.kind, images=(task.caption.image,), turns=(Turn(role="user", text=asked), *rest),
+        answer_type=draft.answer_type, image_dependent=draft.image_dependent,
         provenance=Provenance(
             video=task.caption.video, chunk=task.caption.id, prompt_hash=draft.prompt_hash, teacher=draft.teacher,
             start_s=min((phrase.start_s for phrase in phrases), default=None),
-            end_s=max((phrase.end_s for phrase in phrases), default=None),
+            end_s=max((phrase.end_s for phrase in phrases), default=None), quote=draft.quote,
         ),
     )
+
+
+def _question(sample: InstructionSample) -> dict[str, Any]:
+    """A narrator's question as a line of the question files that ``medllava eval`` reads."""
+    question, answer = (turn.text.replace(IMAGE_TAG, "").strip() for turn in sample.turns[:2])
+    row: dict[str, Any] = {"id": sample.id, "image": sample.images[0], "question": question, "kind": sample.answer_type}
+    if sample.answer_type == "closed":
+        row |= {"answer": "yes" if verdict(answer) else "no", "choices": ["yes", "no"]}
+    else:
+        row |= {"answer": answer, "choices": []}
+    return {**row, "box": None, "group": sample.provenance.video}
 
 
 def _summary(plan: Plan, cache: ReplyCache, kept: Counter[str], reasons: Counter[str]) -> dict[str, Any]:

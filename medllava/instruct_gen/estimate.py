@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from medllava.instruct_gen.asking import Plan
-from medllava.instruct_gen.kinds import UnusableReplyError
+from medllava.instruct_gen.kinds import MADE_UP, UnusableReplyError
 from medllava.instruct_gen.records import CaseFacts, Clue
 from medllava.llm.base import Reply, Request, estimate_prompt_tokens
 from medllava.llm.cache import ReplyCache
@@ -18,16 +18,15 @@ Result = TypeVar("Result")
 
 @dataclass
 class Estimate:
-    """Calls still to be made for one kind, and what they will take."""
+    """Calls still to be made for one kind, its checks included, and what they will take. ``check_tokens``: expected
+    length of the checks' replies by the name of their form."""
 
     reply_tokens: int
+    check_tokens: dict[str, int] = field(default_factory=dict)
     calls: int = 0
     answered: int = 0
     prompt_tokens: int = 0
-
-    @property
-    def completion_tokens(self) -> int:
-        return self.calls * self.reply_tokens
+    completion_tokens: int = 0
 
     def follow(self, steps: Generator[Request, Reply, Result], cache: ReplyCache) -> Result | None:
         """Go through one sample with kept replies where there are some and made-up ones elsewhere.
@@ -43,7 +42,9 @@ class Estimate:
                     made_up = True
                     self.calls += 1
                     self.prompt_tokens += estimate_prompt_tokens(request)
-                    reply = Reply(text=_made_up(request.schema_name, self.reply_tokens), model=request.model)
+                    self.completion_tokens += self.check_tokens.get(request.schema_name, self.reply_tokens)
+                    text = _made_up(request.schema_name, self.reply_tokens)
+                    reply = Reply(text=text, model=request.model, finish_reason=MADE_UP)
                 else:
                     self.answered += 1
                 request = steps.send(reply)
@@ -63,18 +64,31 @@ def estimate_run(plan: Plan, cache: ReplyCache) -> dict[str, Estimate]:
         found = table.setdefault("case facts", Estimate(tokens)).follow(steps, cache)
         clues = (Clue(text=_words(tokens // 2), time_s=0.0),)
         facts[video] = found or CaseFacts(video=video, diagnosis="some diagnosis", clues=clues)
+    checks = plan.recipe.checks
+    check_tokens = {
+        name: check.reply_tokens
+        for name, check in (("BlindReply", checks.answerable_without_image), ("VerifyReply", checks.verify)) if check
+    }
     for task in plan.tasks(facts):
         tokens = plan.recipe.plans[task.kind].reply_tokens
-        table.setdefault(task.kind, Estimate(tokens)).follow(plan.steps(task), cache)
+        table.setdefault(task.kind, Estimate(tokens, check_tokens)).follow(plan.steps(task), cache)
     return table
 
 
 def _made_up(schema_name: str, tokens: int) -> str:
-    """A reply of about that length; only dialogues build on it."""
+    """A reply of about that length, on which dialogues and the checks of finished samples build."""
     half = _words(tokens // 2)
-    values = {
+    pair = {"question": half, "answer": half}
+    values: dict[str, dict[str, object]] = {
+        "CaptionReply": {"caption": _words(tokens)},
+        "DescriptionReply": {"description": _words(tokens)},
+        "QuestionReply": {**pair},
+        "TurnsReply": {"turns": [{"question": _words(tokens // 10), "answer": _words(tokens // 10)}] * 5},
+        "NarratorReply": {**pair, "type": "open", "image_dependent": True, "quote": ""},
         "StudentReply": {"abduction": half, "facts_used": half},
         "AssistantReply": {"comments": half, "hint": half},
+        "FactsReply": {"diagnosis": "some diagnosis", "single_case": True, "clues": []},
+        "BlindReply": {"needs_image": True, "answer": ""},
     }
     return json.dumps(values.get(schema_name, {}))
 

@@ -1,16 +1,22 @@
 """Quality gates: each looks at a draft and returns the reason to drop it, or None.
 
-A reason starts with the gate's fixed name, a colon and the particulars, so that drops can be counted by gate.
+A reason starts with the gate's fixed name, a colon and the particulars, so that drops can be counted by gate. Gates
+that cost a call are in :mod:`medllava.instruct_gen.checks`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from medllava.conversation import IMAGE_TAG, Turn
 from medllava.geometry import Box, malformed_boxes, parse_boxes
+from medllava.instruct_gen import patterns
+from medllava.instruct_gen.contradictions import contradiction
+from medllava.instruct_gen.diagnoses import named_in, names
 from medllava.instruct_gen.recipe import SampleKind
+from medllava.instruct_gen.records import CaseFacts, GroundedCaption
 
 PATCH_KINDS = frozenset({"conversation", "description", "grounding"})
 """Kinds that speak of one image alone, which by itself does not show the diagnosis of the case."""
@@ -18,34 +24,46 @@ PATCH_KINDS = frozenset({"conversation", "description", "grounding"})
 LEAST_BOX_OVERLAP = 0.5
 """Intersection over union that a box of a sample must have with some box of its caption."""
 
-_NEAR_DUPLICATE = 0.9
 
-_SOURCE = (
-    r"caption|transcript|narrat(?:ion|or|ive)|remarks?|speaker|lecturer|video|audio|cursor|mouse pointer"
-    r"|bounding box(?:es)?"
-)
-_READS_CAPTION = re.compile(
-    rf"\b(?:the|this|your|a|provided|given)\s+(?:provided\s+|given\s+|accompanying\s+)?(?:{_SOURCE})\b"
-    r"|\b(?:the|this|provided|given)\s+(?:description|text|information|context)\s+"
-    r"(?:mentions?|says?|states?|notes?|describes?|provided|given|does|indicates?|refers?)\b"
-    r"|\b(?:as|is|are|was|were|not)\s+(?:explicitly\s+)?(?:mentioned|described|stated|narrated)\s+(?:in|by)\s+the\b"
-    r"|\baccording to the (?:description|text|information|context)\b",
-    re.IGNORECASE,
-)
-_COORDINATES = re.compile(r"[\[(]\s*-?\d*\.\d+\s*(?:,\s*-?\d*\.?\d+\s*){1,3}[\])]|\b[xy][12]\s*=")
-_WORD = re.compile(r"[a-z0-9.]+")
+@dataclass(frozen=True)
+class Background:
+    """What a sample is judged against: the caption that its teacher was given, the facts of the case, and other names
+    of diagnoses beside the built-in ones."""
+
+    caption: GroundedCaption
+    facts: CaseFacts | None = None
+    synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def boxes(self) -> list[Box]:
+        return [phrase.box for phrase in self.caption.phrases if phrase.box]
+
+    @property
+    def diagnosis(self) -> str | None:
+        return self.facts.diagnosis if self.facts else None
 
 
-def first_fault(
-    kind: SampleKind, turns: Sequence[Turn], caption_boxes: Sequence[Box], diagnosis: str | None
-) -> str | None:
-    """The first gate's reason to drop these turns, or None. ``caption_boxes`` are those that the teacher was given."""
+def caption_fault(caption: GroundedCaption) -> str | None:
+    """Why nothing is asked about a caption at all, or None: words that speak to a model, or no words of a talk."""
+    for phrase in caption.phrases:
+        if is_instruction(phrase.text):
+            return f"instructions in the transcript: {phrase.text[:120]!r}"
+    if caption.phrases and all(patterns.SPEECH_NOISE.search(phrase.text) for phrase in caption.phrases):
+        return f"speech recognition noise: {caption.phrases[0].text[:120]!r}"
+    return None
+
+
+def first_fault(kind: SampleKind, turns: Sequence[Turn], background: Background) -> str | None:
+    """The first gate's reason to drop these turns, or None."""
     return (
         empty_answer(turns)
         or image_tag(turns)
+        or refuses(turns)
         or reads_caption(turns)
-        or (box_faults(turns, caption_boxes) if kind == "grounding" else coordinates_in_prose(turns))
-        or (diagnosis_leaked(turns, diagnosis) if kind in PATCH_KINDS else None)
+        or (box_faults(turns, background.boxes) if kind == "grounding" else coordinates_in_prose(turns))
+        or diagnosis_leaked(kind, turns, background)
+        or text_in_image(turns)
+        or contradiction(kind, turns, background.caption, background.facts, background.synonyms)
     )
 
 
@@ -61,21 +79,31 @@ def image_tag(turns: Sequence[Turn]) -> str | None:
     return f"malformed: {IMAGE_TAG} in the text" if any(IMAGE_TAG in turn.text for turn in turns) else None
 
 
+def refuses(turns: Sequence[Turn]) -> str | None:
+    """The teacher speaks as a program that cannot see, inside a reply of the right form."""
+    return _found("refused", patterns.REFUSES, turns)
+
+
 def reads_caption(turns: Sequence[Turn]) -> str | None:
     """The teacher speaks of the text it was given, although it should speak as one who sees the image."""
-    for turn in turns:
-        match = _READS_CAPTION.search(turn.text)
-        if match:
-            return f"reads a caption: {match.group()!r}"
-    return None
+    return _found("reads a caption", patterns.READS_CAPTION, turns)
 
 
 def coordinates_in_prose(turns: Sequence[Turn]) -> str | None:
-    for turn in turns:
-        match = _COORDINATES.search(turn.text)
-        if match:
-            return f"coordinates in prose: {match.group()!r}"
-    return None
+    return _found("coordinates in prose", patterns.COORDINATES, turns)
+
+
+def text_in_image(turns: Sequence[Turn]) -> str | None:
+    """The sample asks for, or tells, something written in the image, which nobody but the transcript knows of; or it
+    repeats what a recogniser hears in music and silence."""
+    return _found("text in the image", patterns.TEXT_IN_IMAGE, turns) or _found(
+        "speech recognition noise", patterns.SPEECH_NOISE, turns
+    )
+
+
+def is_instruction(text: str) -> bool:
+    """Whether words of a transcript look as if they were meant for a model that reads it."""
+    return bool(patterns.INSTRUCTION.search(text))
 
 
 def box_faults(turns: Sequence[Turn], caption_boxes: Sequence[Box]) -> str | None:
@@ -94,34 +122,33 @@ def box_faults(turns: Sequence[Turn], caption_boxes: Sequence[Box]) -> str | Non
     return None
 
 
-def diagnosis_leaked(turns: Sequence[Turn], diagnosis: str | None) -> str | None:
-    if diagnosis is None:
+def diagnosis_leaked(kind: SampleKind, turns: Sequence[Turn], background: Background) -> str | None:
+    """The diagnosis is named, under any of its names, where it must not be: in kinds of one image; in the question of
+    complex reasoning; by the assistant before the last round of a dialogue; in a narrator's question whose image was
+    not on the screen when the diagnosis was said."""
+    if background.diagnosis is None:
         return None
-    pattern = re.compile(rf"\b{re.escape(diagnosis)}s?\b", re.IGNORECASE)
-    return f"diagnosis leaked: {diagnosis}" if any(pattern.search(turn.text) for turn in turns) else None
-
-
-class NearDuplicates:
-    """Remembers what was kept for each image, and finds samples that say the same again."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, list[frozenset[int]]] = {}
-
-    def fault(self, image: str, turns: Sequence[Turn]) -> str | None:
-        """The reason to drop ``turns``, or None: then they are remembered."""
-        shingles = _shingles(turns)
-        for number, other in enumerate(self._kept.get(image, ())):
-            overlap = len(shingles & other) / len(shingles | other)
-            if overlap >= _NEAR_DUPLICATE:
-                return f"near-duplicate: {overlap:.2f} like sample {number + 1} of this image"
-        self._kept.setdefault(image, []).append(shingles)
+    wanted = names(background.diagnosis, background.synonyms)
+    if kind in PATCH_KINDS:
+        judged = list(turns)
+    elif kind == "complex_reasoning":
+        judged = [turn for turn in turns if turn.role == "user"]
+    elif kind == "iterative_abduction":
+        judged = [turn for turn in turns[:-1] if turn.role == "assistant"]
+    elif kind == "question" and not any(named_in(phrase.text, wanted) for phrase in background.caption.phrases):
+        judged = list(turns)
+    else:
         return None
+    for turn in judged:
+        found = named_in(turn.text, wanted)
+        if found:
+            return f"diagnosis leaked: {found!r} ({background.diagnosis})"
+    return None
 
 
-def _shingles(turns: Sequence[Turn]) -> frozenset[int]:
-    """Hashes of every three words in a row within a question with its answer, boxes kept."""
-    found: set[int] = set()
-    for number in range(0, len(turns), 2):
-        words = _WORD.findall(" ".join(turn.text for turn in turns[number : number + 2]).lower())
-        found |= {hash(tuple(words[at : at + 3])) for at in range(max(1, len(words) - 2))}
-    return frozenset(found)
+def _found(reason: str, pattern: re.Pattern[str], turns: Sequence[Turn]) -> str | None:
+    for turn in turns:
+        match = pattern.search(turn.text)
+        if match:
+            return f"{reason}: {match.group()!r}"
+    return None

@@ -11,15 +11,17 @@ import json
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medllava.conversation import Turn
 from medllava.geometry import format_box
+from medllava.instruct_gen.diagnoses import is_named
+from medllava.instruct_gen.narrator_questions import NarratorQuestion, answer_fault
 from medllava.instruct_gen.prompts import Prompt, load_prompt
 from medllava.instruct_gen.recipe import REASONING_KINDS, GenerateRecipe, SampleKind
-from medllava.instruct_gen.records import CaseFacts, Clue, GroundedCaption, Phrase
+from medllava.instruct_gen.records import CaseFacts, GroundedCaption, Phrase
 from medllava.jsonl import describe
 from medllava.llm.base import Reply, Request
 
@@ -30,55 +32,57 @@ PROMPT_NAMES: dict[SampleKind, tuple[str, ...]] = {
     "complex_reasoning": ("complex_reasoning",),
     "iterative_abduction": ("abduction_student", "abduction_assistant"),
     "grounding": ("grounding",),
+    "question": ("question",),
 }
 """Which prompt files a kind uses; ``case_facts`` goes before the reasoning kinds."""
 
 
-class _Form(BaseModel):
+MADE_UP = "made up"
+"""The ``finish_reason`` of replies that ``--dry-run`` makes up: their content is judged by no gate."""
+
+
+class Form(BaseModel):
     """A reply's shape. All keys are required and no others allowed: what strict structured output asks for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class QuestionReply(_Form):
+class QuestionReply(Form):
     question: str
     answer: str
 
 
-class TurnsReply(_Form):
+class TurnsReply(Form):
     turns: list[QuestionReply]
 
 
-class CaptionReply(_Form):
+class CaptionReply(Form):
     caption: str
 
 
-class DescriptionReply(_Form):
+class DescriptionReply(Form):
     description: str
 
 
-class StudentReply(_Form):
+class StudentReply(Form):
     abduction: str
     facts_used: str
 
 
-class AssistantReply(_Form):
+class AssistantReply(Form):
     comments: str
     hint: str
 
 
-class ClueReply(_Form):
-    text: str
-    time_s: float
+class NarratorReply(Form):
+    question: str
+    answer: str
+    type: Literal["open", "closed"]
+    image_dependent: bool
+    quote: str
 
 
-class FactsReply(_Form):
-    diagnosis: str | None
-    single_case: bool
-    clues: list[ClueReply]
-
-
-Form = TypeVar("Form", bound=_Form)
+AnyForm = TypeVar("AnyForm", bound=Form)
 
 
 class UnusableReplyError(Exception):
@@ -92,12 +96,14 @@ class UnusableReplyError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """One sample to be made. ``number`` counts from 1 within the caption and kind."""
+    """One sample to be made. ``number`` counts from 1 within the caption and kind; ``asked`` is the narrator's question
+    of a ``question``."""
 
     caption: GroundedCaption
     kind: SampleKind
     number: int
     facts: CaseFacts | None = None
+    asked: NarratorQuestion | None = None
 
     @property
     def id(self) -> str:
@@ -106,16 +112,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Draft:
-    """Turns without the image tag, before the gates; ``raw`` holds the replies they were made of."""
+    """Turns without the image tag, before the gates; ``raw`` holds the replies they were made of. ``made_up``: they
+    come from a dry run. The rest is known of some kinds only."""
 
     turns: tuple[Turn, ...]
     raw: str
     teacher: str
     prompt_hash: str
+    made_up: bool = False
+    answer_type: Literal["open", "closed"] | None = None
+    image_dependent: bool | None = None
+    quote: str | None = None
 
 
 DraftSteps = Generator[Request, Reply, Draft]
-FactsSteps = Generator[Request, Reply, CaseFacts]
 
 
 def seeded_fraction(seed: int, *names: str) -> float:
@@ -147,38 +157,30 @@ def load_prompts(recipe: GenerateRecipe) -> dict[str, Prompt]:
     names = [name for kind in recipe.plans for name in PROMPT_NAMES[kind]]
     if REASONING_KINDS & recipe.plans.keys():
         names.append("case_facts")
+    if recipe.checks.answerable_without_image:
+        names.append("without_image")
+    if recipe.checks.verify:
+        names.append("verify")
     return {name: load_prompt(recipe.prompts, name) for name in names}
-
-
-def facts_steps(
-    video: str, phrases: Sequence[Phrase], recipe: GenerateRecipe, prompts: dict[str, Prompt]
-) -> FactsSteps:
-    """Ask what a whole video says about its case. Raises UnusableReplyError."""
-    prompt = prompts["case_facts"]
-    reply = yield _request(recipe, prompt.fill(remarks=remark_lines(phrases)), FactsReply)
-    facts = _read(reply, FactsReply)
-    return CaseFacts(
-        video=video, diagnosis=(facts.diagnosis or "").strip() or None, single_case=facts.single_case,
-        clues=tuple(Clue(text=clue.text, time_s=clue.time_s) for clue in facts.clues),
-        prompt_hash=prompt.hash, teacher=reply.model,
-    )
 
 
 def draft_steps(task: Task, recipe: GenerateRecipe, prompts: dict[str, Prompt]) -> DraftSteps:
     """Ask for one sample. Raises UnusableReplyError."""
     if task.kind == "iterative_abduction":
         return (yield from _dialogue_steps(task, recipe, prompts))
+    if task.kind == "question":
+        return (yield from _narrator_steps(task, recipe, prompts["question"]))
     prompt = prompts[task.kind]
     values: dict[str, object] = {"phrases": phrase_lines(task.caption.phrases), "variant": task.number}
     if task.kind in REASONING_KINDS:
         values |= _case(task)
-    reply = yield _request(recipe, prompt.fill(**values), _FORMS[task.kind])
+    reply = yield make_request(recipe, prompt.fill(**values), _FORMS[task.kind])
     pairs = _pairs(task, reply, _own_question(task, recipe, prompt))
     turns = [turn for question, answer in pairs for turn in (_turn("user", question), _turn("assistant", answer))]
-    return Draft(tuple(turns), reply.text, reply.model, prompt.hash)
+    return Draft(tuple(turns), reply.text, reply.model, prompt.hash, made_up=reply.finish_reason == MADE_UP)
 
 
-_FORMS: dict[SampleKind, type[_Form]] = {
+_FORMS: dict[SampleKind, type[Form]] = {
     "caption": CaptionReply,
     "conversation": TurnsReply,
     "description": DescriptionReply,
@@ -189,16 +191,39 @@ _FORMS: dict[SampleKind, type[_Form]] = {
 
 def _pairs(task: Task, reply: Reply, own_question: str) -> list[tuple[str, str]]:
     if task.kind == "caption":
-        return [(own_question, _read(reply, CaptionReply).caption)]
+        return [(own_question, read_reply(reply, CaptionReply).caption)]
     if task.kind == "description":
-        return [(own_question, _read(reply, DescriptionReply).description)]
+        return [(own_question, read_reply(reply, DescriptionReply).description)]
     if task.kind == "complex_reasoning":
-        single = _read(reply, QuestionReply)
+        single = read_reply(reply, QuestionReply)
         return [(single.question, single.answer)]
-    pairs = [(turn.question, turn.answer) for turn in _read(reply, TurnsReply).turns]
+    pairs = [(turn.question, turn.answer) for turn in read_reply(reply, TurnsReply).turns]
     if not pairs:
         raise UnusableReplyError("empty answer: no turns", reply.text)
     return pairs
+
+
+def _narrator_steps(task: Task, recipe: GenerateRecipe, prompt: Prompt) -> DraftSteps:
+    """A question that the narrator asked, with the answer that the talk gives (Quilt-VQA)."""
+    asked = task.asked
+    assert asked is not None, f"{task.id}: no question"
+    reply = yield make_request(
+        recipe,
+        prompt.fill(
+            phrases=phrase_lines(task.caption.phrases), question=json.dumps(asked.text, ensure_ascii=False),
+            time_s=f"{asked.start_s:.1f}", talk=remark_lines(asked.talk),
+        ),
+        NarratorReply,
+    )
+    made_up = reply.finish_reason == MADE_UP
+    told = read_reply(reply, NarratorReply)
+    fault = None if made_up else answer_fault(asked, told.question, told.answer, told.type, told.quote)
+    if fault:
+        raise UnusableReplyError(fault, reply.text)
+    return Draft(
+        (_turn("user", told.question), _turn("assistant", told.answer)), reply.text, reply.model, prompt.hash, made_up,
+        told.type, told.image_dependent, told.quote,
+    )
 
 
 def _dialogue_steps(task: Task, recipe: GenerateRecipe, prompts: dict[str, Prompt]) -> DraftSteps:
@@ -207,27 +232,42 @@ def _dialogue_steps(task: Task, recipe: GenerateRecipe, prompts: dict[str, Promp
     student, assistant = (prompts[name] for name in PROMPT_NAMES["iterative_abduction"])
     long = seeded_fraction(recipe.seed, "rounds", task.id) < recipe.long_dialogue_fraction
     rounds = 3 if long else 2
-    phrases = phrase_lines(task.caption.phrases)
+    seen = phrase_lines(_without_diagnosis(task, recipe))
+    shown = phrase_lines(task.caption.phrases)
     turns: list[Turn] = []
     raw: list[str] = []
+    made_up = False
     teacher = recipe.model
     for number in range(1, rounds + 1):
-        shared: dict[str, object] = {"phrases": phrases, "round": number, "rounds": rounds, "variant": task.number}
-        reply = yield _request(recipe, student.fill(**shared, dialogue=_dialogue_lines(turns)), StudentReply)
+        shared: dict[str, object] = {"round": number, "rounds": rounds, "variant": task.number}
+        reply = yield make_request(
+            recipe, student.fill(**shared, phrases=seen, dialogue=_dialogue_lines(turns)), StudentReply
+        )
         raw.append(reply.text)
-        thought = _read(reply, StudentReply)
+        thought = read_reply(reply, StudentReply)
         if not thought.abduction.strip():
             raise UnusableReplyError("empty answer: the student sees nothing", "\n".join(raw))
         turns.append(_turn("user", f"{thought.abduction.strip()} {thought.facts_used.strip()}"))
-        reply = yield _request(
-            recipe, assistant.fill(**shared, **_case(task), dialogue=_dialogue_lines(turns)), AssistantReply
+        reply = yield make_request(
+            recipe,
+            assistant.fill(**shared, phrases=shown, **_case(task), dialogue=_dialogue_lines(turns)),
+            AssistantReply,
         )
         raw.append(reply.text)
-        comment = _read(reply, AssistantReply)
+        comment = read_reply(reply, AssistantReply)
         turns.append(_turn("assistant", f"{comment.comments.strip()} {comment.hint.strip()}"))
-        teacher = reply.model
+        teacher, made_up = reply.model, made_up or reply.finish_reason == MADE_UP
     both = hashlib.sha256((student.hash + assistant.hash).encode()).hexdigest()[:16]
-    return Draft(tuple(turns), "\n".join(raw), teacher, both)
+    return Draft(tuple(turns), "\n".join(raw), teacher, both, made_up)
+
+
+def _without_diagnosis(task: Task, recipe: GenerateRecipe) -> list[Phrase]:
+    """The phrases that a student may read: those that do not name the diagnosis."""
+    diagnosis = task.facts.diagnosis if task.facts else None
+    return [
+        phrase for phrase in task.caption.phrases
+        if diagnosis is None or not is_named(phrase.text, diagnosis, recipe.synonyms)
+    ]
 
 
 def _dialogue_lines(turns: Sequence[Turn]) -> str:
@@ -246,7 +286,8 @@ def _case(task: Task) -> dict[str, object]:
 def _own_question(task: Task, recipe: GenerateRecipe, prompt: Prompt) -> str:
     if task.kind not in {"caption", "description"}:
         return ""
-    questions = prompt.questions or ("Describe this image.",)
+    plan = recipe.plans[task.kind]
+    questions = plan.questions or prompt.questions or ("Describe this image.",)
     return questions[int(seeded_fraction(recipe.seed, "question", task.id) * len(questions))]
 
 
@@ -254,18 +295,22 @@ def _turn(role: Any, text: str) -> Turn:
     return Turn(role=role, text=text.strip())
 
 
-def _request(recipe: GenerateRecipe, messages: tuple[dict[str, Any], ...], form: type[_Form]) -> Request:
+def make_request(
+    recipe: GenerateRecipe, messages: tuple[dict[str, Any], ...], form: type[Form], model: str | None = None
+) -> Request:
+    """Ask ``model`` (None: the teacher) for a ``form``."""
     return Request(
-        model=recipe.model, messages=messages, schema=_schema(form), schema_name=form.__name__, sampling=recipe.sampling
+        model=model or recipe.model, messages=messages, schema=_schema(form), schema_name=form.__name__,
+        sampling=recipe.sampling,
     )
 
 
 @cache
-def _schema(form: type[_Form]) -> dict[str, Any]:
+def _schema(form: type[Form]) -> dict[str, Any]:
     return form.model_json_schema()
 
 
-def _read(reply: Reply, form: type[Form]) -> Form:
+def read_reply(reply: Reply, form: type[AnyForm]) -> AnyForm:
     """The reply as a ``form``; also out of a code fence or from among prose, which endpoints without structured
     output write. Raises UnusableReplyError."""
     if reply.finish_reason in {"refusal", "content_filter"}:

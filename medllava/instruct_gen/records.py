@@ -109,20 +109,23 @@ class GroundedCaption(_Record):
 
 
 class Clue(_Record):
-    """A remark that supports a case's diagnosis, and when in the video it was made."""
+    """A remark that supports a case's diagnosis, when in the video it was made, and in which words."""
 
     text: str
     time_s: float
+    quote: str | None = None
 
 
 class CaseFacts(_Record):
     """What a whole video says about its case (one line of ``case_facts.jsonl``). ``diagnosis`` is None where none is
-    said; ``single_case`` is False where the video speaks of several patients or specimens."""
+    said; ``single_case`` is False where the video speaks of several patients or specimens. ``rejected``: what the model
+    told and the talk does not bear out, each as a reason to drop it."""
 
     video: str
     diagnosis: str | None = None
     single_case: bool = True
     clues: tuple[Clue, ...] = ()
+    rejected: tuple[str, ...] = ()
     prompt_hash: str | None = None
     teacher: str | None = None
 

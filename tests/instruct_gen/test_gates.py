@@ -4,7 +4,9 @@ import pytest
 
 from medllava.conversation import Turn
 from medllava.geometry import Box
-from medllava.instruct_gen.gates import NearDuplicates, first_fault
+from medllava.instruct_gen.duplicates import NearDuplicates
+from medllava.instruct_gen.gates import Background, first_fault
+from medllava.instruct_gen.records import CaseFacts, Clue, GroundedCaption, Phrase
 
 KNOWN = Box(x1=0.1, y1=0.1, x2=0.5, y2=0.5)
 
@@ -13,8 +15,19 @@ def turns(*texts):
     return [Turn(role="assistant" if number % 2 else "user", text=text) for number, text in enumerate(texts)]
 
 
-def fault(kind, *texts, diagnosis=None):
-    reason = first_fault(kind, turns(*texts), [KNOWN], diagnosis)
+def background(*said, diagnosis=None, clues=()):
+    """A caption of what was said, its first phrase at KNOWN, and a case."""
+    phrases = [
+        Phrase(text=text, start_s=n, end_s=n + 1, box=None if n else KNOWN)
+        for n, text in enumerate(said or ["A gland."])
+    ]
+    caption = GroundedCaption(id="c", video="v.mp4", image="c.png", crop_px=(0, 0, 9, 9), phrases=tuple(phrases))
+    facts = CaseFacts(video="v.mp4", diagnosis=diagnosis, clues=tuple(Clue(text=one, time_s=99) for one in clues))
+    return Background(caption, facts if diagnosis else None)
+
+
+def fault(kind, *texts, said=(), diagnosis=None, clues=()):
+    reason = first_fault(kind, turns(*texts), background(*said, diagnosis=diagnosis, clues=clues))
     return reason and reason.partition(":")[0]
 
 
@@ -71,8 +84,8 @@ def test_near_duplicates_are_found_within_an_image_only():
     seen = NearDuplicates()
     pairs = [("Where is the gland?", "In the upper left."), ("Is there necrosis here?", "No, there is no necrosis.")]
     first = turns(*pairs[0], *pairs[1])
-    assert seen.fault("a.png", first) is None
-    assert seen.fault("b.png", first) is None
-    assert seen.fault("a.png", turns(*pairs[1], *pairs[0])).startswith("near-duplicate: 1.00 like sample 1")
-    assert seen.fault("a.png", turns("WHERE is the gland?", *first[0:0], *pairs[0][1:], *pairs[1])).startswith("near")
-    assert seen.fault("a.png", turns(*pairs[0], "What is in the lower left?", "Adipose.")) is None
+    assert seen.fault("1", "a.png", first) is None
+    assert seen.fault("2", "b.png", first) is None
+    assert seen.fault("3", "a.png", turns(*pairs[1], *pairs[0])).startswith("near-duplicate: 1.00 like sample 1")
+    assert seen.fault("3", "a.png", turns("WHERE is the gland?", *pairs[0][1:], *pairs[1])).startswith("near")
+    assert seen.fault("3", "a.png", turns(*pairs[0], "What is in the lower left?", "Adipose.")) is None

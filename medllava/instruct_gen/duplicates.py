@@ -1,0 +1,73 @@
+"""Samples that say nearly the same again: within an image, and, if they are long, anywhere in the data set.
+
+Short samples recur rightly across images ("Where is the gland?" "In the upper left."): it is the picture that differs.
+Long ones do not: they are boilerplate, or a lecture that was uploaded twice. What is kept depends on the order of the
+samples alone, which is that of the captions, never on the order in which replies came.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from datasketch import MinHash, MinHashLSH
+
+from medllava.conversation import Turn
+
+NEAR = 0.9
+"""Jaccard overlap of three-word shingles from which two samples are near-duplicates."""
+
+LONG_WORDS = 40
+"""Samples of so many words or more are compared across images."""
+
+_PERMUTATIONS = 128
+_WORD = re.compile(r"[a-z0-9.]+")
+
+
+class NearDuplicates:
+    """Remembers what was kept, and finds samples that say the same again."""
+
+    def __init__(self, across_images: bool = True) -> None:
+        self._kept: dict[str, list[npt.NDArray[np.uint32]]] = {}
+        self._across = MinHashLSH(threshold=NEAR, num_perm=_PERMUTATIONS) if across_images else None
+        self._hashes: dict[str, MinHash] = {}
+
+    def fault(self, id: str, image: str, turns: Sequence[Turn]) -> str | None:
+        """The reason to drop the sample ``id``, or None: then it is remembered."""
+        shingles = _shingles(turns)
+        # Four bytes a shingle: a hundred thousand samples take some tens of megabytes.
+        packed = np.unique(np.array([zlib.crc32(shingle) for shingle in shingles], dtype=np.uint32))
+        for number, other in enumerate(self._kept.get(image, ())):
+            shared = len(np.intersect1d(packed, other, assume_unique=True))
+            overlap = shared / (len(packed) + len(other) - shared)
+            if overlap >= NEAR:
+                return f"near-duplicate: {overlap:.2f} like sample {number + 1} of this image"
+        reason = self._fault_elsewhere(id, shingles, turns)
+        if reason is None:
+            self._kept.setdefault(image, []).append(packed)
+        return reason
+
+    def _fault_elsewhere(self, id: str, shingles: frozenset[bytes], turns: Sequence[Turn]) -> str | None:
+        if self._across is None or sum(len(_WORD.findall(turn.text.lower())) for turn in turns) < LONG_WORDS:
+            return None
+        hashed = MinHash(num_perm=_PERMUTATIONS, seed=1)
+        hashed.update_batch(sorted(shingles))
+        alike = {other: hashed.jaccard(self._hashes[other]) for other in self._across.query(hashed)}
+        near = sorted((-overlap, other) for other, overlap in alike.items() if overlap >= NEAR)
+        if near:
+            return f"near-duplicate: {-near[0][0]:.2f} like {near[0][1]} of another image"
+        self._across.insert(id, hashed)
+        self._hashes[id] = hashed
+        return None
+
+
+def _shingles(turns: Sequence[Turn]) -> frozenset[bytes]:
+    """Every three words in a row within a question with its answer, boxes kept."""
+    found: set[bytes] = set()
+    for number in range(0, len(turns), 2):
+        words = _WORD.findall(" ".join(turn.text for turn in turns[number : number + 2]).lower())
+        found |= {" ".join(words[at : at + 3]).encode() for at in range(max(1, len(words) - 2))}
+    return frozenset(found)

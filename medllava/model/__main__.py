@@ -32,9 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         step.add_argument("source", metavar="SRC", type=Path)
         step.add_argument("target", metavar="DST", type=Path)
         if name == "convert":
-            step.add_argument("--base", metavar="DIR", type=Path, help="language model of a LoRA or projector folder")
-            step.add_argument("--vision-tower", metavar="DIR", type=Path, help="image encoder, if not where it is named")
-            step.add_argument("--chat-format", default="vicuna_v1", help="how it was trained to chat (default: %(default)s)")
+            add = step.add_argument
+            add("--base", metavar="DIR", type=Path, help="language model of a LoRA or projector folder")
+            add("--vision-tower", metavar="DIR", type=Path, help="image encoder, if not where it is named")
+            add("--chat-format", default="vicuna_v1", help="how it was trained to chat (default: %(default)s)")
     tiny = steps.add_parser(
         "tiny", help="a checkpoint with random weights, for trying the other commands",
         epilog="example: medllava model tiny tiny-checkpoint",

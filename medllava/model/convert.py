@@ -1,9 +1,9 @@
 """Original LLaVA folders (LLaVA, Quilt-LLaVA) to a stock Hugging Face folder, tensor by tensor.
 
-Three kinds are told apart by their files: a full model, a LoRA adapter with ``non_lora_trainables.bin``, and a projector
-alone (``mm_projector.bin``); the latter two need the language model that they were trained on. All become full
-checkpoints. Every tensor that is read must find its place, and every place must be filled; pickled files are opened with
-``weights_only=True`` alone. What is written is read back and compared before the command says that it is done.
+Three kinds are told apart by their files: a full model, a LoRA adapter with ``non_lora_trainables.bin``, and a
+projector alone (``mm_projector.bin``); the latter two need the language model that they were trained on. All become
+full checkpoints. Every tensor that is read must find its place, and every place must be filled; pickled files are
+opened with ``weights_only=True`` alone. What is written is read back and compared before the command ends.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -129,7 +130,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _weights(folder: Path) -> Tensors:
     files = _weight_files(folder)
     if not files:
-        raise CheckpointError(f"{folder}: no weights; looked for model.safetensors and pytorch_model.bin, whole or split")
+        raise CheckpointError(f"{folder}: no weights; looked for model.safetensors and pytorch_model.bin, also split")
     tensors: Tensors = {}
     for file in files:
         tensors |= checkpoint.read_tensors(file) if file.suffix == ".safetensors" else _pickled(file)
@@ -140,10 +141,10 @@ def _pickled(path: Path) -> Tensors:
     """A ``.bin`` file of tensors and nothing else."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: holds something else than tensors; refused, nothing of it was run") from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged, cut off or not a plain file of tensors ({_short(error)})") from error
-    except Exception as error:  # noqa: BLE001 - pickle.UnpicklingError and its like: nothing of it may be run
-        raise CheckpointError(f"{path}: holds something else than tensors; refused ({_short(error)})") from error
+        raise CheckpointError(f"{path}: damaged, cut off or not a file of tensors ({_short(error)})") from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise CheckpointError(f"{path}: expected names and tensors")
     return found

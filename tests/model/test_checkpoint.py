@@ -206,5 +206,5 @@ def test_commands(tiny: Path, lora: Path, tmp_path: Path, capsys: pytest.Capture
     assert "projector.safetensors" in shown
     with pytest.raises(CheckpointError, match="already exists"):
         main(["merge", str(lora), str(tiny)])
-    with pytest.raises(CheckpointError, match="cannot be converted yet"):
+    with pytest.raises(CheckpointError, match="expected an original LLaVA folder"):
         main(["convert", str(tmp_path), str(tmp_path / "out")])

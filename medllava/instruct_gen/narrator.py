@@ -19,6 +19,7 @@ import av
 import cv2
 import numpy as np
 
+from medllava.errors import DataError
 from medllava.instruct_gen.audio import heard
 from medllava.instruct_gen.background import Thinned
 from medllava.instruct_gen.cursor import LAG, Background, Floats, SpotFinder, Spots, joined, steadied
@@ -78,6 +79,11 @@ def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULT
     """Work through one video; its frames go to ``out/frames``. Raises DataError naming the file that is at fault."""
     cv2.setNumThreads(1)
     reader = VideoReader(video)
+    if reader.video.duration_s < SHORTEST_S:
+        raise DataError(
+            f"{video}: lasts {reader.video.duration_s:.1f} s; expected {SHORTEST_S:g} s or more, the least for which a"
+            " view must hold still"
+        )
     spoken = read_transcript(transcript, reader.video.duration_s)
     utterances, silent = heard(video, spoken.utterances)
     finder = SpotFinder()

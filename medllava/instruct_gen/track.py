@@ -50,6 +50,12 @@ FINEST = np.array([0.25, 0.4, 6, 6, 3, 3, 3, 3], np.float32)
 LEFT = 0.35
 """A cursor whose top lies left of this share of its width is an arrow and points with its upper left corner."""
 
+OUTLINE = 0.25
+"""Share of the strongest part of a dark cursor that its light outline shows at least."""
+
+LUMA, DARK = 2, 90
+"""Which of the looks is a spot's luma, and below which of it a cursor is dark."""
+
 FARTHEST = np.array([60, 8, 8, 8, 8, 8, 8, 8], np.float32)
 """Squared deviation beyond which a look does not count further against a spot."""
 
@@ -244,14 +250,22 @@ def hot_spot(patches: Sequence[Patch], appearance: Appearance) -> Floats:
             centres.append(patch.centre)
     if len(shapes) < 5:
         return np.zeros(2, np.float32)
-    shape = np.mean(shapes, 0)
-    shape = np.maximum(shape - 0.4 * shape.max(), 0)
+    whole = np.mean(shapes, 0)
+    shape = np.maximum(whole - 0.4 * whole.max(), 0)
     rows, columns = np.flatnonzero(shape.any(1)), np.flatnonzero(shape.any(0))
     body = shape[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     top = body[: max(1, len(body) // 5)].sum(0)
     middle = float(top @ (np.arange(len(top)) + 0.5)) / (float(top.sum()) * len(top))
     if middle > LEFT:
         return np.zeros(2, np.float32)
-    corner = np.array([columns[0], rows[0]], np.float32)
+    # A dark arrow's light outline differs less from tissue than its body, but holds its tip.
+    faint = whole > (OUTLINE if appearance.centre[LUMA] < DARK else 0.4) * whole.max()
+    corner = np.array([_run_start(faint.any(0), columns[0]), _run_start(faint.any(1), rows[0])], np.float32)
     return np.asarray(corner - np.mean(centres, 0), np.float32)
 
+
+def _run_start(present: npt.NDArray[np.bool_], at: int) -> int:
+    """Where the unbroken run of ``present`` places that holds ``at`` begins."""
+    while at > 0 and present[at - 1]:
+        at -= 1
+    return at

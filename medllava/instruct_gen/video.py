@@ -40,12 +40,16 @@ PACKETS = 200
 CUT_SHORT_S = 1.5
 """A stream that ends this much before its header says is damaged."""
 
+WIDEST_PIXEL = 4.0
+"""Pixels more oblong than this are a mistake in the header and are taken for squares."""
+
 
 @dataclass(frozen=True)
 class Frame:
-    """One sampled frame. ``y`` is luma reduced to about 360 lines, ``u`` and ``v`` half as large; all are upright.
+    """One sampled frame. ``y`` is luma reduced to about 360 lines, ``u`` and ``v`` half as large; all are upright, in
+    square pixels.
 
-    ``source`` is the decoded frame, full size, not yet rotated; None once it has been let go of to save memory.
+    ``source`` is the decoded frame, full size, as it is stored; None once it has been let go of to save memory.
     """
 
     t_s: float
@@ -58,6 +62,10 @@ class Frame:
 class VideoReader:
     """``path`` opened for reading. Raises DataError in one line where it is not a video that can be decoded.
 
+    Frames are seen as a player shows them: turned as the file's display matrix asks, oblong pixels stretched to squares
+    (the frame grows), all at the size of the first. Interlaced frames are not parted into fields: what holds
+    still looks the same without it. Nothing of the file's metadata (title, author, place, device) is read.
+
     Attributes: ``video`` (as probed), ``reduction`` (frame pixels per pixel of ``Frame.y``).
     """
 
@@ -69,10 +77,16 @@ class VideoReader:
             stream = self._stream(container)
             first = self._first_frame(container)
             self._turns = round(first.rotation / 90) % 4
-            width, height = (first.height, first.width) if self._turns % 2 else (first.width, first.height)
+            self._stored = first.width, first.height
+            self._has_times = first.time is not None
+            self._shown = _in_square_pixels(first.width, first.height, stream.sample_aspect_ratio)
+            width, height = reversed(self._shown) if self._turns % 2 else self._shown
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             self.duration_s = _duration_s(container, stream)
             self._anchor_gap_s = self._gap_between_anchors(container, stream)
+            if not self.duration_s:
+                # Streamed recordings (MKV, WebM) are often without.
+                self.duration_s = self._last_packet_s()
             self.video = Video(
                 name=path.name,
                 width=width,
@@ -91,7 +105,12 @@ class VideoReader:
                 yield self._reduced(source, t_s)
 
     def upright(self, picture: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """``picture`` (rows first) turned as the file's display matrix asks."""
+        """A whole stored frame (rows first) as a player shows it."""
+        if self._shown != self._stored:
+            picture = cv2.resize(picture, self._shown, interpolation=cv2.INTER_CUBIC)
+        return self._turned(picture)
+
+    def _turned(self, picture: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.ascontiguousarray(np.rot90(picture, self._turns)) if self._turns else picture
 
     # -- decoding ------------------------------------------------------------------------------------------------
@@ -105,7 +124,10 @@ class VideoReader:
     def _stream(self, container: Any) -> Any:
         if not container.streams.video:
             raise DataError(f"{self.path}: holds no video stream")
-        stream = container.streams.video[0]
+        moving = [stream for stream in container.streams.video if not _is_cover(stream)]
+        if not moving:
+            raise DataError(f"{self.path}: holds a cover picture and no video")
+        stream = moving[0]
         if stream.codec_context is None:
             raise DataError(f"{self.path}: no decoder for this video's codec; convert it to H.264 first")
         # Videos are shared out over processes; threads inside one of them would only add overhead.
@@ -114,7 +136,7 @@ class VideoReader:
 
     def _first_frame(self, container: Any) -> av.VideoFrame:
         try:
-            for frame in container.decode(video=0):
+            for frame in container.decode(self._stream(container)):
                 return frame
         except av.error.FFmpegError as error:
             raise DataError(f"{self.path}: the video cannot be decoded ({_reason(error)})") from error
@@ -122,7 +144,8 @@ class VideoReader:
 
     def _decoded(self) -> Iterator[tuple[av.VideoFrame, float]]:
         """(frame, seconds) decoded with the coarsest skipping that leaves no gap above LARGEST_GAP_S."""
-        for skip in ("BIDIR", "NONREF"):
+        # Without time stamps (raw streams) frames can only be counted, and all of them have to be.
+        for skip in ("BIDIR", "NONREF") if self._has_times else ():
             if skip == "BIDIR" and self._anchor_gap_s > LARGEST_GAP_S:
                 continue
             frames = self._decode(skip)
@@ -158,7 +181,6 @@ class VideoReader:
                     if packet.pts is not None:
                         newest_s = max(newest_s, float(packet.pts * packet.time_base) - start_s)
                     for frame in packet.decode():
-                        # Without time stamps (raw streams) count at the nominal rate.
                         time_s = frame.time - start_s if frame.time is not None else last_s + 1 / self.video.fps
                         last_s = max(time_s, last_s)
                         yield frame, last_s
@@ -167,19 +189,39 @@ class VideoReader:
                     f"{self.path}: the file is damaged: cannot be decoded after {last_s:.1f} s ({_reason(error)})"
                 ) from error
             ends_s = max(self.duration_s, newest_s)
-            if last_s < ends_s - CUT_SHORT_S - 1 / self.video.fps:
+            if last_s < ends_s - CUT_SHORT_S - 1 / self.video.fps and not self._goes_on_without_pictures(newest_s):
                 raise DataError(f"{self.path}: the file is damaged: decoding ends at {last_s:.1f} s of {ends_s:.1f} s")
+
+    def _goes_on_without_pictures(self, newest_s: float) -> bool:
+        """Is the file whole, its last picture shown until the sound ends, rather than cut?"""
+        last_s = self._last_packet_s()
+        return newest_s < last_s - CUT_SHORT_S and last_s > self.duration_s - CUT_SHORT_S
+
+    def _last_packet_s(self) -> float:
+        """When the file's last packet of any kind ends, seconds from its start. Cheap: nothing is decoded."""
+        with self._open() as container:
+            start_s = (container.start_time or 0) / av.time_base
+            ends = (
+                float((packet.pts + (packet.duration or 0)) * packet.time_base) - start_s
+                for packet in container.demux()
+                if packet.pts is not None
+            )
+            return max(ends, default=0.0)
 
     # -- planes --------------------------------------------------------------------------------------------------
 
     def _reduced(self, source: av.VideoFrame, t_s: float) -> Frame:
-        y, u, v = (self.upright(plane) for plane in planes(source))
-        height, width = (max(4, size // (2 * self.reduction) * 2) for size in y.shape)
+        if (source.width, source.height) != self._stored:
+            # Recordings of video calls change their size on the way.
+            source = source.reformat(width=self._stored[0], height=self._stored[1])
+        width, height = (max(4, size // (2 * self.reduction) * 2) for size in self._shown)
+        square = self._shown == self._stored
+        y, u, v = planes(source)
         return Frame(
             t_s,
-            _shrunk(y, width, height, self.reduction),
-            _shrunk(u, width // 2, height // 2, self.reduction),
-            _shrunk(v, width // 2, height // 2, self.reduction),
+            self._turned(_shrunk(y, width, height, square and self.reduction == 1)),
+            self._turned(_shrunk(u, width // 2, height // 2, square and self.reduction == 1)),
+            self._turned(_shrunk(v, width // 2, height // 2, square and self.reduction == 1)),
             source,
         )
 
@@ -195,10 +237,10 @@ def planes(source: av.VideoFrame) -> tuple[Plane, Plane, Plane]:
     return found[0], found[1], found[2]
 
 
-def _shrunk(plane: Plane, width: int, height: int, reduction: int) -> Plane:
+def _shrunk(plane: Plane, width: int, height: int, by_cutting: bool) -> Plane:
     if plane.shape == (height, width):
         return plane
-    if reduction == 1:
+    if by_cutting:
         return np.ascontiguousarray(plane[:height, :width])
     return np.asarray(cv2.resize(plane, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
@@ -207,6 +249,18 @@ def _duration_s(container: Any, stream: Any) -> float:
     """Length as the file's header gives it; 0 if it gives none."""
     length_s = container.duration / av.time_base if container.duration else 0.0
     return float(stream.duration * stream.time_base if stream.duration is not None else length_s)
+
+
+def _is_cover(stream: Any) -> bool:
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def _in_square_pixels(width: int, height: int, aspect: Any) -> tuple[int, int]:
+    """Width and height with which a frame of oblong pixels looks as it should: it grows along its pixels' longer side."""
+    ratio = float(aspect or 1)
+    if ratio == 1 or not 1 / WIDEST_PIXEL <= ratio <= WIDEST_PIXEL:
+        return width, height
+    return (round(width * ratio), height) if ratio > 1 else (width, round(height / ratio))
 
 
 def _reason(error: Exception) -> str:

@@ -19,7 +19,7 @@ from medllava.errors import DataError
 from medllava.geometry import Box, parse_boxes
 from medllava.instruct_gen.image_index import ImageFacts, look_at
 from medllava.instruct_gen.leaks import Leak, find_leaks, member
-from medllava.instruct_gen.records import Dropped, GroundedCaption, Narrative
+from medllava.instruct_gen.records import CaseFacts, Dropped, GroundedCaption, Narrative
 from medllava.jsonl import describe, read_json, read_records, read_rows
 
 PARTS = ("train", "val")
@@ -116,6 +116,10 @@ class Figures:
     sample_boxes: Boxes
     dropped: dict[str, tuple[int, str]]
     no_box: dict[str, int]
+    answers: dict[str, Counter[str]]
+    """Of samples that say so: open or closed, needing the image or general."""
+    facts: Counter[str]
+    """Of the videos' case facts: all, those with a diagnosis, those of a single case, and their clues."""
     summary: dict[str, Any]
     teachers: Counter[str]
     split: Split | None
@@ -133,6 +137,7 @@ def read_figures(data: Path, narrated: Path | None, *, examples: int, seed: int,
     kinds: dict[str, KindCount] = defaultdict(KindCount)
     videos: dict[str, VideoCount] = defaultdict(VideoCount)
     teachers: Counter[str] = Counter()
+    answers: dict[str, Counter[str]] = {"answers": Counter(), "image": Counter()}
     boxes = _BoxCounter()
     chosen: list[tuple[int, str, InstructionSample]] = []
     total = 0
@@ -141,6 +146,10 @@ def read_figures(data: Path, narrated: Path | None, *, examples: int, seed: int,
         part = part_of.get(sample.id, "")
         _count(sample, part, kinds[sample.kind], videos)
         boxes.add(box for turn in sample.turns for box in parse_boxes(turn.text))
+        if sample.answer_type is not None:
+            answers["answers"][sample.answer_type] += 1
+        if sample.image_dependent is not None:
+            answers["image"]["needed" if sample.image_dependent else "not needed"] += 1
         if sample.provenance.teacher:
             teachers[sample.provenance.teacher] += 1
         place = int.from_bytes(hashlib.sha256(f"{seed}/{sample.id}".encode()).digest()[:8], "big")
@@ -170,6 +179,8 @@ def read_figures(data: Path, narrated: Path | None, *, examples: int, seed: int,
         sample_boxes=boxes.result(),
         dropped=_dropped(data),
         no_box=_optional(narrated, "narrate.json").get("no_box", {}),
+        answers=answers,
+        facts=_facts(data),
         summary=_optional(data, "summary.json"),
         teachers=teachers,
         split=split,
@@ -320,6 +331,18 @@ def _dropped(data: Path) -> dict[str, tuple[int, str]]:
             counts[name] += 1
             first.setdefault(name, row.reason.partition(":")[2].strip())
     return {name: (count, first[name]) for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
+
+
+def _facts(data: Path) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    path = data / "case_facts.jsonl"
+    if path.is_file():
+        for facts in read_records(path, CaseFacts):
+            counts["videos"] += 1
+            counts["with a diagnosis"] += facts.diagnosis is not None
+            counts["of a single case"] += facts.single_case
+            counts["clues"] += len(facts.clues)
+    return counts
 
 
 def _labels(data: Path, narrated: Path | None) -> dict[str, Counter[str]]:

@@ -52,7 +52,8 @@ def as_html(figures: Figures, title: str, images: Path | None) -> str:
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )
     return environment.get_template("datacard.html").render(
-        title=title, tiles=_tiles(figures), kind_rows=_kind_rows(figures), label_tables=_label_plots(figures),
+        title=title, tiles=_tiles(figures), kind_rows=_kind_rows(figures), kind_notes=_notes(figures),
+        label_tables=_label_plots(figures),
         video_rows=_video_rows(figures), most_videos=MOST_VIDEOS, length_rows=_length_rows(figures),
         length_plots=[
             ("Questions", histogram(figures.question_words, "Words per question", "words per question")),
@@ -80,6 +81,8 @@ def as_markdown(figures: Figures, title: str, license_name: str) -> str:
         ("kind", "samples", "train", "val", "images", "exchanges", "words per question", "words per answer"),
         _kind_rows(figures),
     )
+    notes = _notes(figures)
+    lines += [*(f"- {_md(note)}" for note in notes), ""] if notes else []
     for key, counts in figures.labels.items():
         lines += _table(f"Chunks by {name_of(key)}", (name_of(key), "chunks"), _ranked(counts))
     rows = _video_rows(figures)
@@ -134,7 +137,7 @@ def as_json(figures: Figures) -> dict[str, Any]:
             heading: {"n": boxes.n, "of": boxes.of, "area": vars(boxes.area), "heat": boxes.heat}
             for heading, boxes in _box_sets(figures)
         },
-        "no_box": figures.no_box,
+        "no_box": figures.no_box, "answers": figures.answers, "case_facts": figures.facts,
         "dropped": {name: count for name, (count, _) in figures.dropped.items()},
         "summary": figures.summary,
         "teachers": dict(_ranked(figures.teachers)),
@@ -172,6 +175,20 @@ def _kind_rows(figures: Figures) -> list[tuple[str, ...]]:
         numbers = (count.samples, count.train, count.val, len(count.images), count.exchanges)
         rows.append((name_of(kind), *(f"{number:,}" for number in numbers), asked, told))
     return rows
+
+
+def _notes(figures: Figures) -> list[str]:
+    """What samples and case facts say of themselves, where they do."""
+    notes = []
+    for key, what in (("answers", "Answers of single questions"), ("image", "The image for these answers")):
+        if figures.answers[key]:
+            counted = ", ".join(f"{count:,} {name}" for name, count in _ranked(figures.answers[key]))
+            notes.append(f"{what}: {counted}.")
+    facts = figures.facts
+    if facts:
+        told = f"{facts['with a diagnosis']:,} say a diagnosis, {facts['of a single case']:,} are of a single case"
+        notes.append(f"Case facts of {facts['videos']:,} videos: {told}; {facts['clues']:,} clues.")
+    return notes
 
 
 def _mean(values: Sequence[int]) -> str:
@@ -274,8 +291,12 @@ def _price_rows(figures: Figures) -> list[tuple[str, str]]:
         rows.append(("paid", "not known: the recipe names no price"))
     if replies is not None:
         rows.append(("replies", f"{replies:,}"))
-    for key, name in (("prompt_tokens", "prompt tokens"), ("completion_tokens", "reply tokens")):
-        if isinstance(summary.get(key), int):
+    tokens = (
+        ("prompt_tokens", "prompt tokens"), ("cached_tokens", "of these from the provider's cache"),
+        ("completion_tokens", "reply tokens"),
+    )
+    for key, name in tokens:
+        if summary.get(key):
             rows.append((name, f"{summary[key]:,} ({summary[key] / max(figures.samples, 1):,.0f} per sample)"))
     price = summary.get("recipe", {}).get("usd_per_million")
     if isinstance(price, dict):

@@ -17,7 +17,7 @@ from medllava.geometry import Box
 from medllava.instruct_gen import card as step
 from medllava.instruct_gen.card_figures import Boxes, plain_time, read_figures, spread
 from medllava.instruct_gen.card_plots import heat_map, overlay
-from medllava.instruct_gen.records import Dropped, GroundedCaption, Narrative, Phrase, TracePoint
+from medllava.instruct_gen.records import CaseFacts, Dropped, GroundedCaption, Narrative, Phrase, TracePoint
 from medllava.jsonl import write_json, write_records
 
 EVIL = "<script>alert('x')</script> | `a` </svg>\"'<img src=https://example.org/x.png>"
@@ -191,6 +191,24 @@ def test_without_pictures_split_or_summary(data: Path, tmp_path: Path, capsys: p
         main("--data", data)
     with pytest.raises(DataError, match="no such folder"):
         main("--data", tmp_path / "nowhere")
+
+
+def test_questions_and_case_facts_are_counted(data: Path, narrated: Path) -> None:
+    rows = [json.loads(line) for line in (data / "samples.jsonl").read_text().splitlines()]
+    for row, closed, needed in zip(rows, (True, True, False), (True, False, True), strict=False):
+        row |= {"kind": "question", "answer_type": "closed" if closed else "open", "image_dependent": needed}
+    write_records(data / "samples.jsonl", rows)
+    clue = {"text": "Keratin pearls.", "time_s": 4.0}
+    write_records(data / "case_facts.jsonl", [
+        CaseFacts.model_validate({"video": "talk0.mp4", "diagnosis": "carcinoma", "clues": [clue, clue]}),
+        CaseFacts(video="talk1.mp4", single_case=False),
+    ])
+    main("--data", data, "--narrated", narrated)
+    for name in ("DATACARD.md", "datacard.html"):
+        page = (data / name).read_text()
+        assert "Answers of single questions: 2 closed, 1 open." in page
+        assert "The image for these answers: 2 needed, 1 not needed." in page
+        assert "Case facts of 2 videos: 1 say a diagnosis, 1 are of a single case; 2 clues." in page
 
 
 def test_labels_are_counted_where_records_have_them(data: Path, narrated: Path) -> None:

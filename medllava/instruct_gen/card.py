@@ -8,11 +8,12 @@ the boxes. Written to --out:
   datacard.html    one page with plots and pictures in it; it needs no network
   datacard.json    the same figures for programs
 
-The same input gives the same bytes. The page shows pictures and words of the data: publish it only where you may
-publish those.
+The same input gives the same bytes. The page shows pictures and words of the data, the narrator's too: publish it only
+where you may publish those. If the captions were corrected or redacted, give that file with --captions.
 
-example:
+examples:
   python -m medllava.instruct_gen card --data out --narrated narrated
+  python -m medllava.instruct_gen card --data out --narrated narrated --captions corrected/captions.jsonl
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder that generate wrote")
     add("--narrated", type=Path, metavar="DIR", help="folder that narrate wrote (default: --data, if it has pictures)")
+    add(
+        "--captions", type=Path, metavar="FILE",
+        help="captions that generate read, if not narrate's own: corrected or redacted ones",
+    )
     add("--out", type=Path, metavar="DIR", help="folder for the card (default: --data)")
     add("--title", help="heading (default: the name of the data's folder)")
     add("--license", default="unknown", metavar="ID", help="the Hub's name of the licence (default: unknown)")
@@ -48,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
             raise DataError(f"{flag} {folder}: no such folder")
     narrated = args.narrated or (args.data if (args.data / "frames").is_dir() else None)
     out = args.out or args.data
-    figures = read_figures(args.data, narrated, examples=args.samples, seed=args.seed, cache=not args.no_cache)
+    figures = read_figures(
+        args.data, narrated, examples=args.samples, seed=args.seed, spoken=args.captions, cache=not args.no_cache
+    )
     title = args.title or f"Data card: {args.data.resolve().name}"
     pages = {
         "DATACARD.md": as_markdown(figures, title, args.license), "datacard.html": as_html(figures, title, narrated),

@@ -24,8 +24,11 @@ from medllava.jsonl import describe, read_json, read_records, read_rows
 
 PARTS = ("train", "val")
 
-LABELS = ("domain", "sub_pathology", "magnification")
-"""Keys that are counted where a chunk's record has them, in narratives.jsonl, captions.jsonl or concepts.jsonl."""
+_LABELS = (
+    ("videos.jsonl", "domain", "videos by domain"), ("concepts.jsonl", "sub_pathology", "chunks by sub-pathology"),
+    ("narratives.jsonl", "magnification", "chunks by magnification"),
+)
+"""(file, key, heading): what is counted where the records say it."""
 
 HEAT_CELLS = 32
 _MOST_BINS = 20
@@ -110,6 +113,7 @@ class Figures:
     kinds: dict[str, KindCount]
     videos: dict[str, VideoCount]
     labels: dict[str, Counter[str]]
+    """Heading -> how often each value occurs."""
     question_words: Spread
     answer_words: Spread
     caption_boxes: Boxes | None
@@ -126,13 +130,18 @@ class Figures:
     examples: list[Example]
 
 
-def read_figures(data: Path, narrated: Path | None, *, examples: int, seed: int, cache: bool = True) -> Figures:
-    """Count everything in the folder ``data``; ``narrated`` is the folder of the pictures and captions, if there.
+def read_figures(
+    data: Path, narrated: Path | None, *, examples: int, seed: int, spoken: Path | None = None, cache: bool = True
+) -> Figures:
+    """Count everything in the folder ``data``; ``narrated`` is the folder of the pictures, if there. ``spoken``: the
+    captions that generate read, if not those of ``narrated``; a concepts.jsonl beside them is read too.
 
     The examples are those whose id has the smallest seeded hash: the same ones however the file is sorted. Raises
     DataError naming the file that is missing or at fault.
     """
-    captions = _by_id(narrated, "captions.jsonl")
+    if spoken is None and narrated is not None and (narrated / "captions.jsonl").is_file():
+        spoken = narrated / "captions.jsonl"
+    captions = {caption.id: caption for caption in read_records(spoken, GroundedCaption)} if spoken else {}
     part_of, split = _read_split(data, narrated, cache=cache)
     kinds: dict[str, KindCount] = defaultdict(KindCount)
     videos: dict[str, VideoCount] = defaultdict(VideoCount)
@@ -161,9 +170,9 @@ def read_figures(data: Path, narrated: Path | None, *, examples: int, seed: int,
             heapq.heapreplace(chosen, entry)
     if not total:
         raise DataError(f"{data}: no samples in it; make some with: python -m medllava.instruct_gen generate")
-    spoken = [phrase for caption in captions.values() for phrase in caption.phrases]
+    phrases = [phrase for caption in captions.values() for phrase in caption.phrases]
     pictured = _BoxCounter()
-    pictured.add(phrase.box for phrase in spoken if phrase.box)
+    pictured.add(phrase.box for phrase in phrases)
     drawn = [sample for *_, sample in sorted(chosen, key=lambda entry: -entry[0])]
     order = sorted(kinds, key=lambda kind: (-kinds[kind].samples, kind))
     return Figures(
@@ -172,10 +181,10 @@ def read_figures(data: Path, narrated: Path | None, *, examples: int, seed: int,
         images=len(set().union(*(count.images for count in kinds.values()))),
         kinds={kind: kinds[kind] for kind in order},
         videos=dict(sorted(videos.items())),
-        labels=_labels(data, narrated),
+        labels=_labels([folder for folder in (narrated, spoken.parent if spoken else None, data) if folder]),
         question_words=spread([words for count in kinds.values() for words in count.question_words]),
         answer_words=spread([words for count in kinds.values() for words in count.answer_words]),
-        caption_boxes=pictured.result(of=len(spoken)) if captions else None,
+        caption_boxes=pictured.result(of=len(phrases)) if captions else None,
         sample_boxes=boxes.result(),
         dropped=_dropped(data),
         no_box=_optional(narrated, "narrate.json").get("no_box", {}),
@@ -314,12 +323,6 @@ def _read_split(data: Path, narrated: Path | None, *, cache: bool) -> tuple[dict
     )
 
 
-def _by_id(folder: Path | None, name: str) -> dict[str, GroundedCaption]:
-    if folder is None or not (folder / name).is_file():
-        return {}
-    return {caption.id: caption for caption in read_records(folder / name, GroundedCaption)}
-
-
 def _dropped(data: Path) -> dict[str, tuple[int, str]]:
     """Reason -> how often, and the first one's particulars; the most frequent first."""
     counts: Counter[str] = Counter()
@@ -345,21 +348,23 @@ def _facts(data: Path) -> Counter[str]:
     return counts
 
 
-def _labels(data: Path, narrated: Path | None) -> dict[str, Counter[str]]:
-    """How many chunks have each domain, sub-pathology and so on, where the records say so."""
-    counts: dict[str, Counter[str]] = {}
-    for key in LABELS:
-        by_id: dict[str, str] = {}
-        for folder in (narrated, data):
-            for name in ("narratives.jsonl", "concepts.jsonl"):
-                if folder is None or not (folder / name).is_file():
-                    continue
-                for _, row in read_rows(folder / name):
-                    if isinstance(row.get(key), str | int | float):
-                        by_id[str(row.get("id", row.get("video")))] = str(row[key])
-        if by_id:
-            counts[key] = Counter(by_id.values())
-    return counts
+def _labels(folders: Sequence[Path]) -> dict[str, Counter[str]]:
+    """Domains, sub-pathologies, magnifications and concepts, where there are records of them; of several files with
+    the same name, the last folder's counts."""
+    found: dict[str, Counter[str]] = {}
+    for file, key, heading in _LABELS:
+        for path in (folder / file for folder in folders if (folder / file).is_file()):
+            counts = Counter(str(row[key]) for _, row in read_rows(path) if row.get(key) is not None)
+            if counts:
+                found[heading] = counts
+    for path in (folder / "concepts.jsonl" for folder in folders if (folder / "concepts.jsonl").is_file()):
+        terms: Counter[str] = Counter()
+        for _, row in read_rows(path):
+            concepts = [one for one in row.get("concepts") or () if isinstance(one, dict)]
+            terms.update({str(one["term"]) for one in concepts if "term" in one})
+        if terms:
+            found["chunks by concept"] = terms
+    return found
 
 
 def _optional(folder: Path | None, name: str) -> dict[str, Any]:

@@ -83,8 +83,9 @@ def as_markdown(figures: Figures, title: str, license_name: str) -> str:
     )
     notes = _notes(figures)
     lines += [*(f"- {_md(note)}" for note in notes), ""] if notes else []
-    for key, counts in figures.labels.items():
-        lines += _table(f"Chunks by {name_of(key)}", (name_of(key), "chunks"), _ranked(counts))
+    for heading, counts in figures.labels.items():
+        what, _, key = heading.partition(" by ")
+        lines += _table(heading.capitalize(), (key, what), _shortened(counts))
     rows = _video_rows(figures)
     lines += _table("Videos", ("video", "samples", "images", "part"), rows[:50])
     if len(rows) > 50:
@@ -257,13 +258,16 @@ def _bins(found: Spread) -> list[tuple[str, str]]:
 
 
 def _label_plots(figures: Figures) -> list[tuple[str, str]]:
-    plots = []
-    for key, counts in figures.labels.items():
-        ranked = _ranked(counts)
-        rest = sum(count for _, count in ranked[20:])
-        shown = ranked[:20] + ([("all others", rest)] if rest else [])
-        plots.append((name_of(key), bars(shown, f"Chunks by {name_of(key)}")))
-    return plots
+    return [
+        (heading.capitalize(), bars(_shortened(counts), heading.capitalize()))
+        for heading, counts in figures.labels.items()
+    ]
+
+
+def _shortened(counts: Counter[str], most: int = 20) -> list[tuple[str, int]]:
+    ranked = _ranked(counts)
+    rest = sum(count for _, count in ranked[most:])
+    return ranked[:most] + ([("all others", rest)] if rest else [])
 
 
 def _ranked(counts: Counter[str]) -> list[tuple[str, int]]:

@@ -211,13 +211,26 @@ def test_questions_and_case_facts_are_counted(data: Path, narrated: Path) -> Non
         assert "Case facts of 2 videos: 1 say a diagnosis, 1 are of a single case; 2 clues." in page
 
 
-def test_labels_are_counted_where_records_have_them(data: Path, narrated: Path) -> None:
-    rows = [{"id": f"talk{number}-000", "domain": "histopathology" if number else "cytology"} for number in range(4)]
-    write_records(narrated / "concepts.jsonl", rows)
-    labels = read_figures(data, narrated, examples=0, seed=0).labels
-    assert labels["domain"] == {"histopathology": 3, "cytology": 1}
-    main("--data", data, "--narrated", narrated)
-    assert "Chunks by domain" in (data / "datacard.html").read_text()
+def test_labels_are_counted_where_records_have_them(data: Path, narrated: Path, tmp_path: Path) -> None:
+    write_records(narrated / "videos.jsonl", [{"name": "talk0.mp4", "domain": "CT"}, {"name": "talk1.mp4"}])
+    corrected = tmp_path / "corrected"
+    text = (narrated / "captions.jsonl").read_text()
+    corrected.mkdir()
+    (corrected / "captions.jsonl").write_text(text.replace("Take your time.", "Take [NAME]'s time."))
+    terms = [{"term": "gland", "id": "1"}, {"term": "gland", "id": "1"}]
+    write_records(corrected / "concepts.jsonl", [
+        {"id": f"talk{number}-000", "concepts": terms, "sub_pathology": "breast" if number else None}
+        for number in range(4)
+    ])
+    main("--data", data, "--narrated", narrated, "--captions", corrected / "captions.jsonl")
+    assert json.loads((data / "datacard.json").read_text())["labels"] == {
+        "videos by domain": {"CT": 1}, "chunks by sub-pathology": {"breast": 3}, "chunks by concept": {"gland": 4},
+    }
+    page = (data / "datacard.html").read_text()
+    assert "Chunks by sub-pathology" in page
+    assert "Take [NAME]&#39;s time." in page
+    assert "Take your time." not in page
+    assert "| breast | 3 |" in (data / "DATACARD.md").read_text()
 
 
 def test_spread() -> None:

@@ -34,8 +34,8 @@ _ORGAN = (
 _SIDE = re.compile(rf"\b(left|right)(?:[- ]sided)?\s+(?:(?!upper|lower|left|right)\w+\s+)?({_ORGAN})s?\b")
 _CONCLUDES = re.compile(
     r"\b(?:(?:final\s+|correct\s+)?diagnosis\s+(?:here\s+|in\s+this\s+case\s+)?(?:is|must\s+be)(?:\s+therefore)?|(?:the|this)\s+case\s+is"
-    r"|this\s+is|it\s+is|represents|confirms(?:\s+the\s+diagnosis\s+of)?|establish(?:es)?(?:\s+the\s+diagnosis\s+of)?"
-    r"|diagnostic\s+of|pathognomonic\s+(?:of|for)|proves)\s+(?:clearly\s+|indeed\s+|definitely\s+|thus\s+)?(?:an?\s+|the\s+)?"
+    r"|this\s+is|it\s+is|represents?|confirms?(?:\s+the\s+diagnosis\s+of)?|establish(?:es)?(?:\s+the\s+diagnosis\s+of)?"
+    r"|diagnostic\s+of|pathognomonic\s+(?:of|for)|proves?)\s+(?:clearly\s+|indeed\s+|definitely\s+|thus\s+)?(?:an?\s+|the\s+)?"
     r"(?P<name>[^.,;:()?!]{3,70})"
 )
 _DENIES = re.compile(

@@ -24,7 +24,7 @@ SYNONYMS: tuple[tuple[str, ...], ...] = (
     ("invasive lobular carcinoma", "ILC"),
     ("hepatocellular carcinoma", "hepatoma", "HCC"),
     ("cholangiocarcinoma", "bile duct carcinoma"),
-    ("clear cell renal cell carcinoma", "clear cell carcinoma of the kidney", "renal clear cell carcinoma", "ccRCC"),
+    ("clear cell renal cell carcinoma", "renal cell carcinoma", "clear cell carcinoma of the kidney", "RCC", "ccRCC"),
     ("urothelial carcinoma", "transitional cell carcinoma", "TCC"),
     ("papillary thyroid carcinoma", "papillary carcinoma", "PTC"),
     ("lymphocytic thyroiditis", "hashimoto thyroiditis", "hashimoto's thyroiditis", "hashimoto's disease"),
@@ -126,7 +126,7 @@ def diseases(text: str) -> Iterator[str]:
 @lru_cache(maxsize=4096)
 def _key(name: str) -> str:
     """The letters of a name, its last word in the singular: ``adeno-carcinomas`` is ``adenocarcinoma``."""
-    words = [word.removesuffix("'s") for word in normalised(name).split()]
+    words = [word.removesuffix("'s") for word in normalised(name).replace("cancer", "carcinoma").split()]
     return "".join([*words[:-1], *(stem(word) for word in words[-1:])])
 
 

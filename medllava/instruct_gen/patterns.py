@@ -33,6 +33,8 @@ READS_CAPTION = _any_of(
     r"\b(?:is|are|was|were)\s+not\s+(?:explicitly\s+)?(?:mentioned|specified|stated|narrated)\b",
     rf"\b(?:according\s+to|based\s+on|per|from)\s+the\s+{_GIVEN}{_TEXT}\b",
     rf"\b(?:the|a)\s+{_PERSON}\s+{_PERSON_TELLS}\b",
+    rf"\b(?:did|does|do|has)\s+(?:the|a)\s+{_PERSON}\s+(?:say|mention|point|state|describe|note|explain|circle)",
+    r"\b(?:it|this)\s+(?:is|was)\s+(?:also\s+)?(?:stated|mentioned|narrated|pointed\s+out)\s+that\b",
 )
 """The writer speaks of the text it was given."""
 
@@ -61,10 +63,11 @@ _WRITTEN_ON = (
 TEXT_IN_IMAGE = _any_of(
     r"\b(?:what|which)\s+(?:text|words?|letters?|website|url|channel|logo|watermark|title|subtitle|email)\b",
     r"\bwhat\s+(?:is|are|was)\s+(?:the\s+)?(?:text|words?|number|name)\s+(?:on|in|at|shown|written|printed|displayed)\b",
-    rf"\bwhat\s+(?:does|do|did)\s+(?:the\s+|this\s+)?(?:\w+\s+)?{_WRITTEN_ON}s?\s+(?:say|read|state|show)\b",
+    rf"\bwhat\s+(?:does|do|did)\s+(?:the\s+|this\s+)?(?:\w+\s+)?{_WRITTEN_ON}s?(?:\s+\w+){{0,4}}\s+(?:say|read|state)\b",
     r"\b(?:is|are|was)\s+(?:written|printed|typed|labell?ed)\s+(?:on|in|at|across|over|under|below|above)\b",
     r"\b(?:magnification|(?:case|slide|accession) number)\s+(?:is\s+)?(?:written|printed|displayed|on\s+the\s+label)",
-    rf"\bthe\s+{_WRITTEN_ON}\s+(?:says|reads|states)\b|\breads?\s+the\s+(?:text|{_WRITTEN_ON})\b",
+    r"\b(?:read|see|make\s+out)\s+(?:the|any)\s+(?:text|words?|letters|writing|lettering)\b",
+    rf"\bthe\s+(?!caption){_WRITTEN_ON}\s+(?:says|reads|states)\b|\breads?\s+the\s+(?:text|{_WRITTEN_ON})\b",
 )
 """Something written in the picture is asked for or told."""
 
@@ -78,14 +81,21 @@ SPEECH_NOISE = _any_of(
 )
 """What speech recognition hears in silence, music and greetings."""
 
-_MEANT_FOR_MODEL = r"(?:instructions?|prompts?|directives?|commands?|rules|guidelines|guardrails|training)"
+_MEANT_FOR_MODEL = (
+    r"(?:instructions?|prompts?|directives?|guardrails"
+    r"|your\s+(?:\w+\s+){0,2}?(?:commands?|rules|guidelines|training|programming))"
+)
 _MODEL = r"(?:ai|a\.i\.|assistant|model|bot|chatbot|agent|dan|gpt|llm|pirate|hacker|poet|translator|persona)"
 INSTRUCTION = _any_of(
-    r"\b(?:ignore|disregard|forget|override|bypass|neglect|do not follow|don't follow|stop following)\s+"
+    r"(?<!not )(?<!n't )(?<!never )\b(?:ignore|disregard|forget|override|bypass|neglect|do not follow|don't follow"
+    r"|stop following)\s+"
     rf"(?:\w+\s+){{0,4}}?{_MEANT_FOR_MODEL}\b(?!\s+(?:of|for|from)\s+(?:the\s+)?(?:manufacturer|kit|company|stain))",
     r"\b(?:ignore|disregard|forget)\s+(?:everything|all(?:\s+of)?|anything|what(?:ever)?)\s+(?:that\s+)?"
     r"(?:(?:was|is|came|you\s+were|you\s+have\s+been|i)\s+)?(?:said|told|above|before|prior|so far)\b"
     r"[^.]*\b(?:and|instead|now|reply|respond|answer|output|write|say)\b",
+    r"\bpay no attention to (?:what|anything|everything|whatever) (?:you|i)\b",
+    r"\b(?:note|message|instruction|memo)s? (?:to|for) (?:the|any|every|all|an?) "
+    r"(?:ai|a\.i\.|model|llm|language model)s?\b",
     r"\byou are (?:now|no longer)\s+(?:going to (?:be|act)|acting)\b",
     rf"\byou are (?:now|no longer)\s+(?:an?|the|my)\s+(?:\w+\s+){{0,2}}?{_MODEL}\b",
     r"\byou are now (?:dan|chatgpt|gpt|unrestricted|in developer mode)\b",

@@ -104,7 +104,7 @@ _NEGATOR = re.compile(
     r"|rules? out|excludes?|fails? to)\b|n't\b"
 )
 _DENIAL = re.compile(
-    r"\b(?:no|without|absence of|lack of|lacks|lacking|negative for|free of|devoid of|neither|nor"
+    r"\b(?:no|without|absence of|lack of|lacks?|lacking|negative for|free of|devoid of|neither|nor"
     r"|(?:do|does|did|can|could|have|has)(?:\s+not|n't)\s+(?:really\s+)?(?:see|find|identify|have|show|contain|seen|appreciate)"
     r"|cannot\s+(?:see|find|identify|appreciate)|(?:is|are)(?:\s+not|n't)\s+(?:any|a|an))\s+"
     r"(?P<rest>[^.;:?!]*)"
@@ -128,10 +128,14 @@ _ELSEWHERE = re.compile(
     r"|section|slide|view|patch|biopsy|specimen|lesion|tumou?r)\b)\w+"
     r"|\b(?:upper|lower|top|bottom|left|right|cent(?:er|re)|corner|periphery|elsewhere)\b"
 )
+_PLACE_FIRST = re.compile(
+    r"\W*(?:(?:and|but|so|now|here|over\s+there)\s+)*(?:in|on|at|within|around|near)\s+(?!this\s+(?:image|field|section)\b)"
+    r"[^,.;]*\b(?:there|we|you|i)\b"
+)
 _HEDGED = re.compile(
     r"\b(?:if|whether|would|could|may|might|possibl[ey]|suspicious|look(?:ing)?\s+for|search(?:ing)?\s+for|should|unless"
     r"|rather\s+than|instead\s+of|unlike|versus|elsewhere|other\s+(?:fields?|areas?|slides?|regions?|parts?)|previous(?:ly)?"
-    r"|earlier|usually|typically|often|classically|sometimes|normally|in\s+general|expect(?:ed)?|another\s+case"
+    r"|earlier|usually|typically|often|classically|sometimes|normally|in\s+general|expect(?:ed)?|(?:an)?other\s+cases?"
     r"|last\s+case|next\s+(?:slide|case)|resembl\w+|mimic\w*|remember|imagine|suppose)\b"
 )
 _SCOPE_END = re.compile(
@@ -179,10 +183,11 @@ def denials(text: str) -> list[Denial]:
         plain = _flat(sentence)
         if sentence.endswith("?") or _HEDGED.search(plain):
             continue
-        local = bool(_ELSEWHERE.search(plain))
         for match in _DENIAL.finditer(plain):
+            local = _is_local(plain, match.start())
             found += [Denial(words, local) for words in _nouns(match.group("rest"))]
         for match in _AFTER.finditer(plain):
+            local = _is_local(plain, match.start())
             head = tuple(stem(word) for word in re.sub(_FILLERS, "", match.group("before").strip()).split()[-3:])
             if head and not set(head) & _NO_FINDING and not _NEGATOR.search(match.group("before")):
                 found.append(Denial(head, local))
@@ -219,11 +224,18 @@ def mentions(text: str, words: Sequence[str]) -> bool:
 
 
 def _flat(sentence: str) -> str:
-    plain = sentence.lower().replace("’", "'").replace("-", " ")
+    plain = sentence.lower().replace("’", "'").replace("-", " ").replace("can't", "cannot").replace("can not", "cannot")
     for british, american in _SPELLINGS:
         plain = plain.replace(british, american)
     # One finding under three names.
     return re.sub(r"\bmitotic (?:figures?|activity)\b", "mitosis", plain)
+
+
+def _is_local(plain: str, start: int) -> bool:
+    """Whether a denial that is at ``start`` is of one place: told after it in its clause, or in front of it."""
+    stop = _SCOPE_END.search(plain, start + 1)
+    clause_end = stop.start() if stop else len(plain)
+    return bool(_ELSEWHERE.search(plain, start, clause_end) or _PLACE_FIRST.match(plain))
 
 
 def _negated_spans(plain: str) -> list[tuple[int, int]]:

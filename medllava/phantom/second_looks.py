@@ -31,7 +31,7 @@ def _narrator_question(text: str, rng: random.Random) -> dict[str, Any]:
     later = [str(json.loads(said)) for at, said in _TIMED.findall(text) if float(at) > time_s]
     answer = next((said for said in later if not said.endswith("?")), "")
     closed = bool(_CLOSED.match(question))
-    if _IN_VAIN.search(question) or not answer or closed != answer.startswith(("Yes", "No")):
+    if _IN_VAIN.search(question) or not answer or closed != answer.startswith(("Yes, ", "No, ")):
         return empty
     dependent = bool(grammar.find_kinds(question) or grammar.find_quadrants(question))
     told = answer

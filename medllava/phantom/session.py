@@ -238,7 +238,7 @@ class _Speaker:
             present = bool(self.curious.random() < 0.5)
             kind = narration.pick(self.curious, here if present else absent)
             text, answer = narration.ask_presence(self.curious, kind, present)
-        closed = answer.startswith(("Yes", "No"))
+        closed = answer.startswith(("Yes, ", "No, "))
         self.asked.append(Asked(text, answer, "closed" if closed else "open", sort == "presence", round(t, 3)))
         t = self._say(t, text, "question") + self._pause()
         return self._say(t, answer, "answer") + self._pause()

@@ -127,3 +127,35 @@ def test_pointer_hides_in_some_pans_and_the_inset_is_kept_free() -> None:
                 assert c <= x0 or x1 <= a or d <= y0 or y1 <= b
     hidden = [sum(p is None for p in describe_truth(s)["cursor_xy_px"]) / s.frames for s in sessions]
     assert min(hidden) < 0.08 < max(hidden)
+
+
+def test_questions_are_asked_only_if_they_are_wanted(sessions: list[Session]) -> None:
+    assert all(session.asked == () and "questions" not in describe_truth(session) for session in sessions)
+    assert not any(line.text.endswith("?") for session in sessions for line in session.lines)
+    curious = [plan_session(1, index, Settings(questions=True)) for index in range(1, 21)]
+    asked = [one for session in curious for one in session.asked]
+    assert {(one.type, one.image_dependent, one.answer is None) for one in asked} == {
+        ("open", True, False), ("closed", True, False), ("open", False, False), ("closed", False, False),
+        ("open", False, True),
+    }
+    for session, plain in zip(curious, sessions, strict=False):
+        assert [dwell.findings for dwell in session.dwells] == [dwell.findings for dwell in plain.dwells]
+        for one in session.asked:
+            (at,) = (number for number, line in enumerate(session.lines) if line.start_s == one.time_s)
+            assert session.lines[at].text == one.question
+            assert one.answer is None or session.lines[at + 1].text == one.answer
+        for a, b in zip(session.lines, session.lines[1:], strict=False):
+            assert a.end_s < b.start_s
+        assert len(describe_truth(session)["questions"]) == len(session.asked)
+
+
+def test_answers_are_true() -> None:
+    for index in range(1, 40):
+        session = plan_session(3, index, Settings(questions=True))
+        for dwell in session.dwells:
+            start, end = dwell.start / session.settings.fps, dwell.end / session.settings.fps
+            here = {finding.kind for finding in dwell.findings}
+            for one in session.asked:
+                if start <= one.time_s < end and one.image_dependent and one.answer:
+                    (kind,) = find_kinds(one.answer)
+                    assert (kind in here) == (not one.answer.startswith("No, "))

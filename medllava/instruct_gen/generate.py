@@ -8,6 +8,8 @@ When the replies are there, the results are written from them in a fixed order:
   dropped.jsonl      what did not become a sample: its id, the reason, the raw reply
   case_facts.jsonl   diagnosis and clues per video
   llava.json         all samples as LLaVA JSON; train.json and val.json are the same, divided by video
+  questions.jsonl    the narrators' own questions of the val videos, for medllava eval; questions_general.jsonl: those
+                     that need no image
   split.json         which video is in which part
   summary.json       the recipe, counts per kind, drops per reason, tokens and money
 
@@ -19,11 +21,13 @@ example:
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from medllava.instruct_gen.asking import Plan, Trouble
+    from medllava.instruct_gen.endpoint import Address
 
 HELP = "grounded captions -> instruction samples, by asking a teacher model"
 
@@ -32,21 +36,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from medllava.instruct_gen.endpoint import add_flags
 
     add_flags(parser)
+    add = parser.add_argument
+    add(
+        "--pilot", type=int, metavar="N",
+        help="ask N samples of each kind, whose replies are kept, and tell from them what the rest takes",
+    )
+    add(
+        "--tokenizer", type=Path, metavar="PATH",
+        help="tokenizer.json of a local model, for the prompt tokens that --dry-run tells",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from medllava.instruct_gen.asking import Plan, ask_all
     from medllava.instruct_gen.assemble import write_results
-    from medllava.instruct_gen.endpoint import Address, read_captions, read_recipe
+    from medllava.instruct_gen.endpoint import Address, read_captions, read_recipe, tell_redactions
     from medllava.instruct_gen.kinds import load_prompts
     from medllava.llm.cache import ReplyCache
 
     recipe = read_recipe(args)
-    plan = Plan(read_captions(args.captions, recipe.max_captions), recipe, load_prompts(recipe))
+    plan = Plan(read_captions(args, recipe), recipe, load_prompts(recipe))
     address = Address.of(args, recipe)
     if args.dry_run:
-        return _dry_run(plan, args.out, address.base_url)
+        return _dry_run(plan, args, address.base_url)
+    tell_redactions(plan.captions)
     address.announce(f"what was said in {len(plan.captions)} captions, with box coordinates", recipe.model)
+    if args.pilot is not None:
+        return _pilot(plan, address, args)
     with ReplyCache(args.out / "replies.jsonl") as cache:
         trouble = address.ask(recipe, cache, lambda model: ask_all(plan, model, cache))
         summary = write_results(plan, cache, trouble, args.out)
@@ -54,32 +70,34 @@ def run(args: argparse.Namespace) -> int:
     return _exit_code(summary, trouble, args.out)
 
 
-def _dry_run(plan: Plan, out: Path, base_url: str) -> int:
-    from medllava.instruct_gen.estimate import estimate_run
+def _dry_run(plan: Plan, args: argparse.Namespace, base_url: str) -> int:
+    from medllava.instruct_gen.estimate import estimate_run, report, total
     from medllava.llm.cache import ReplyCache
 
-    path = out / "replies.jsonl"
-    if path.exists():
-        with ReplyCache(path) as cache:
-            table = estimate_run(plan, cache)
-    else:
-        table = estimate_run(plan, ReplyCache(path))
-    price = plan.recipe.usd_per_million
-    print(f"{'kind':<22}{'answered':>10}{'calls':>10}{'prompt tokens':>15}{'reply tokens':>14}{'dollars':>10}")
-    totals = [0, 0, 0, 0]
-    for name, row in table.items():
-        numbers = [row.answered, row.calls, row.prompt_tokens, row.completion_tokens]
-        totals = [total + number for total, number in zip(totals, numbers, strict=True)]
-        _print_estimate(name, numbers, price.usd(*numbers[2:]) if price else None)
-    _print_estimate("total", totals, price.usd(*totals[2:]) if price else None)
-    print(f"no call was made; a run would send {totals[1]:,} to {base_url}, model {plan.recipe.model}")
+    path = args.out / "replies.jsonl"
+    with ReplyCache(path) if path.exists() else nullcontext(ReplyCache(path)) as cache:
+        table = estimate_run(plan, cache, args.tokenizer)
+    print("\n".join(report(table, plan.recipe, args.tokenizer)))
+    print(f"no call was made; a run would send {total(table).calls:,.0f} to {base_url}, model {plan.recipe.model}")
     return 0
 
 
-def _print_estimate(name: str, numbers: list[int], usd: float | None) -> None:
-    answered, calls, prompt_tokens, completion_tokens = numbers
-    money = "unpriced" if usd is None else f"{usd:.2f}"
-    print(f"{name:<22}{answered:>10,}{calls:>10,}{prompt_tokens:>15,}{completion_tokens:>14,}{money:>10}")
+def _pilot(plan: Plan, address: Address, args: argparse.Namespace) -> int:
+    """A few samples of each kind for real, whose replies are kept; then what the rest takes."""
+    from medllava.errors import ServiceError
+    from medllava.instruct_gen.asking import ask_pilot
+    from medllava.instruct_gen.estimate import estimate_run, report
+    from medllava.llm.cache import ReplyCache
+
+    with ReplyCache(args.out / "replies.jsonl") as cache:
+        trouble = address.ask(plan.recipe, cache, lambda model: ask_pilot(plan, model, cache, args.pilot))
+        table = estimate_run(plan, cache, args.tokenizer)
+        kept = len(cache)
+    print("\n".join(report(table, plan.recipe, args.tokenizer)))
+    print(f"{kept:,} replies are kept in {args.out}; the same command without --pilot asks for the rest")
+    if trouble.stopped:
+        raise ServiceError(f"the pilot was stopped by --max-usd: {trouble.stopped}")
+    return 0
 
 
 def _print_summary(summary: dict[str, Any], out: Path) -> None:

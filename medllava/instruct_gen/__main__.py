@@ -7,7 +7,7 @@ import sys
 from medllava.errors import run_cli
 from medllava.steps import run_step
 
-STEPS = ("narrate", "generate", "card", "export", "check")
+STEPS = ("narrate", "correct", "generate", "card", "export", "check")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from medllava.errors import ConfigError, ServiceError
 
 if TYPE_CHECKING:
     from medllava.instruct_gen.captions import CaptionFile
+    from medllava.instruct_gen.concepts import Vocabulary
     from medllava.instruct_gen.recipe import GenerateRecipe
     from medllava.llm.cache import CachedModel, ReplyCache
 
@@ -42,6 +43,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="stop before the replies of this folder, earlier runs included, cost more than X dollars",
     )
     add("--seed", type=int, metavar="S", help="seed of the split and of all choices (default: the recipe's)")
+    add(
+        "--redact", action="store_true",
+        help="put [NAME], [DATE], [PHONE], [EMAIL], [NUMBER] for these in what was said, before anything is sent",
+    )
+    add(
+        "--redact-model", metavar="NAME_OR_DIR",
+        help="spaCy model that finds names too, for example en_core_web_lg (without: titles, introductions, lists)",
+    )
+    add(
+        "--vocabulary", type=Path, metavar="TSV",
+        help="terms: what may be corrected to, and which names are eponyms (default: vocabulary/histopathology.tsv"
+        " beside the recipe's prompts)",
+    )
     add("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
 
 
@@ -56,11 +70,37 @@ def read_recipe(args: argparse.Namespace) -> GenerateRecipe:
     return recipe.model_copy(update={"prompts": args.config.parent / recipe.prompts})
 
 
-def read_captions(path: Path, most: int | None = None) -> CaptionFile:
-    """The first ``most`` captions of a file, read as they are needed."""
+def read_vocabulary(args: argparse.Namespace, recipe: GenerateRecipe) -> Vocabulary:
+    """The vocabulary of the flag, or the one that lies beside the recipe's prompts."""
+    from medllava.instruct_gen.concepts import Vocabulary
+
+    path = args.vocabulary or recipe.prompts.parent / "vocabulary" / "histopathology.tsv"
+    if args.vocabulary is None and not path.is_file():
+        raise ConfigError(f"{path}: no such vocabulary; name yours with --vocabulary")
+    return Vocabulary.read(path)
+
+
+def read_captions(
+    args: argparse.Namespace, recipe: GenerateRecipe, vocabulary: Vocabulary | None = None
+) -> CaptionFile:
+    """The captions of the flag, read as they are needed, and redacted if that is asked for."""
     from medllava.instruct_gen.captions import CaptionFile
 
-    return CaptionFile(path, most)
+    if not (args.redact or args.redact_model):
+        return CaptionFile(args.captions, recipe.max_captions)
+    from medllava.instruct_gen.redact import RedactedFile, Redactor
+
+    redactor = Redactor(vocabulary or read_vocabulary(args, recipe), args.redact_model)
+    return RedactedFile(args.captions, recipe.max_captions, redactor)
+
+
+def tell_redactions(captions: CaptionFile) -> None:
+    """Print what was taken out of the captions, if anything was to be."""
+    from medllava.instruct_gen.redact import RedactedFile
+
+    if isinstance(captions, RedactedFile):
+        found = captions.counted()
+        print("redacted: " + (", ".join(f"{count:,} {label}" for label, count in found.items()) or "nothing found"))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medllava.geometry import QUADRANTS, Box, parse_boxes, strip_boxes
-from medllava.phantom import grammar, second_looks
+from medllava.phantom import grammar, hearing, second_looks
 
 _TASK = re.compile(r"^Task: (.+?)\s*$", re.MULTILINE)
 _REMARK = re.compile(r'^- ("(?:[^"\\]|\\.)*")\s*(\[[^\]]*\]|\(no region\))[ \t]*$', re.MULTILINE)
@@ -334,4 +334,5 @@ _WRITERS: dict[str, Callable[[str, random.Random], dict[str, Any]]] = {
     "iterative abduction, assistant": _assistant,
     "grounding": _grounding,
     **second_looks.WRITERS,
+    **hearing.WRITERS,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -43,9 +44,12 @@ class Plan:
         if not REASONING_KINDS & self.recipe.plans.keys():
             return
         for video in self.captions.videos:
-            spoken = [phrase for caption in self.captions.of_video(video) for phrase in caption.phrases]
-            spoken.sort(key=lambda phrase: phrase.start_s)
-            yield video, facts_steps(video, spoken, self.recipe, self.prompts)
+            yield video, self.facts_steps(video)
+
+    def facts_steps(self, video: str) -> FactsSteps:
+        spoken = [phrase for caption in self.captions.of_video(video) for phrase in caption.phrases]
+        spoken.sort(key=lambda phrase: phrase.start_s)
+        return facts_steps(video, spoken, self.recipe, self.prompts)
 
     def tasks(self, facts: dict[str, CaseFacts]) -> Iterator[Task]:
         """Every sample to be made: by caption, then kind, then number. Reasoning kinds only where ``facts`` has the
@@ -127,6 +131,38 @@ async def ask_all(plan: Plan, model: CachedModel, cache: ReplyCache) -> Trouble:
         count = sum(1 for _ in plan.tasks(facts))
         await ask_each(
             "samples", plan.tasks(facts), count,
+            lambda task: drive(task.id, plan.steps(task), model, trouble), plan.recipe, cache, model.pace,
+        )
+    except BudgetError as error:
+        trouble.stopped = str(error)
+    return trouble
+
+
+async def ask_pilot(plan: Plan, model: CachedModel, cache: ReplyCache, count: int) -> Trouble:
+    """Ask ``count`` samples of each kind, drawn by a seeded hash of their names, after the facts of four times as many
+    videos: the share of videos with a diagnosis decides over whole kinds, and it is seen in few videos only roughly."""
+    trouble = Trouble()
+
+    def drawn(name: str) -> float:
+        return seeded_fraction(plan.recipe.seed, "pilot", name)
+
+    try:
+        needs_facts = bool(REASONING_KINDS & plan.recipe.plans.keys())
+        videos = heapq.nsmallest(4 * count, plan.captions.videos, key=drawn) if needs_facts else []
+        await ask_each(
+            "pilot: case facts", videos, len(videos),
+            lambda video: drive(video, plan.facts_steps(video), model, trouble), plan.recipe, cache, model.pace,
+        )
+        facts = {video: found for video, found in read_facts(plan, cache) if isinstance(found, CaseFacts)}
+        chosen: dict[str, list[tuple[float, str, Task]]] = {}
+        for task in plan.tasks(facts):
+            lowest = chosen.setdefault(task.kind, [])
+            heapq.heappush(lowest, (-drawn(task.id), task.id, task))
+            if len(lowest) > count:
+                heapq.heappop(lowest)
+        tasks = [task for kind in plan.recipe.plans for _, _, task in sorted(chosen.get(kind, []), reverse=True)]
+        await ask_each(
+            "pilot: samples", tasks, len(tasks),
             lambda task: drive(task.id, plan.steps(task), model, trouble), plan.recipe, cache, model.pace,
         )
     except BudgetError as error:

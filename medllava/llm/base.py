@@ -115,10 +115,11 @@ def estimate_tokens(text: str) -> int:
     return total
 
 
-def estimate_prompt_tokens(request: Request) -> int:
-    """About how many prompt tokens a request costs: its texts, four per message, and its schema."""
-    total = sum(4 + estimate_tokens(text) for text in _texts(request.messages))
-    return total + (estimate_tokens(json.dumps(request.schema)) if request.schema else 0)
+def estimate_prompt_tokens(request: Request, count: Callable[[str], int] = estimate_tokens) -> int:
+    """About how many prompt tokens a request costs: its texts, four per message, and its schema. ``count`` is the
+    tokenizer."""
+    total = sum(4 + count(text) for text in _texts(request.messages))
+    return total + (count(json.dumps(request.schema)) if request.schema else 0)
 
 
 def most_prompt_tokens(request: Request) -> int:

@@ -40,7 +40,8 @@ sys.exit(code)
 """
 
 
-def write_captions(path: Path, count: int, per_video: int = 10) -> None:
+def write_captions(path: Path, count: int, per_video: int = 10, undiagnosed: int = 10**9) -> None:
+    """Captions of videos with ``per_video`` each; every ``undiagnosed``-th video says no diagnosis."""
     rng = random.Random(1)
     diagnoses = list(grammar.DIAGNOSES)
 
@@ -48,14 +49,15 @@ def write_captions(path: Path, count: int, per_video: int = 10) -> None:
         for number in range(count):
             video = number // per_video
             phrases = []
-            for at in range(3):
+            for at in range(rng.randint(2, 5)):
                 place = rng.choice(QUADRANTS)
                 x, y = 0.1 + 0.5 * ("right" in place), 0.1 + 0.5 * ("lower" in place)
                 kind = grammar.article(rng.choice(list(grammar.FINDINGS)))
                 text = f"In the {place} there is {kind}, look {number}.{at}."
                 box = Box(x1=x, y1=y, x2=x + 0.2, y2=y + 0.2)
                 phrases.append(Phrase(text=text, start_s=number * 10 + at, end_s=number * 10 + at + 1, box=box))
-            said = f"So this is {diagnoses[video % len(diagnoses)]}." if number % 2 else "Look at this."
+            tells = number % 2 and (video + 1) % undiagnosed
+            said = f"So this is {diagnoses[video % len(diagnoses)]}." if tells else "Look at this."
             said = INJECTION if number % 50 == 7 else said
             phrases.append(Phrase(text=said, start_s=number * 10 + 5, end_s=number * 10 + 6))
             yield GroundedCaption(
@@ -190,3 +192,37 @@ def test_memory_is_flat(captions, tmp_path):
         _, small = run(fewer, tmp_path / "small", url, *only, "--concurrency", "16")
         _, large = run(more, tmp_path / "large", url, *only, "--concurrency", "16")
     assert large - small < 20, f"{small} MiB, with four times the captions {large} MiB"
+
+
+def told(text: str) -> dict[str, list[float]]:
+    """The table of an estimate: per kind answered, calls, prompt tokens, reply tokens, dollars."""
+    lines = text.splitlines()
+    table = lines[1 : next(number for number, line in enumerate(lines) if line.startswith("total")) + 1]
+    return {line[:22].strip(): [float(n.replace(",", "")) for n in line[22:].split()] for line in table}
+
+
+def test_after_a_pilot_the_price_of_the_rest_is_known_to_five_percent(tmp_path):
+    """The endpoint counts with another vocabulary, some dialogues end early, some videos have no diagnosis."""
+    captions, out = tmp_path / "captions.jsonl", tmp_path / "out"
+    write_captions(captions, 400, per_video=4, undiagnosed=4)
+    all_kinds = [f"kinds.{kind}.fraction=0.5" for kind in ("complex_reasoning", "iterative_abduction", "description")]
+    with serving() as url:
+        given = (captions, out, url, "--concurrency", "16", *all_kinds)
+        plain = subprocess.run(command(*given, "--dry-run"), capture_output=True, text=True, cwd=ROOT).stdout
+        assert "not measured yet: case facts, caption" in plain and not out.exists()
+        first = subprocess.run(command(*given, "--pilot", "40"), capture_output=True, text=True, cwd=ROOT).stdout
+        kept = list(read_rows(out / "replies.jsonl"))
+        asked = stats(url)["asked"]
+        assert len(kept) == sum(asked.values()) < 100 + 40 * 9
+        dry = subprocess.run(command(*given, "--dry-run"), capture_output=True, text=True, cwd=ROOT).stdout
+        assert told(dry) == told(first) and sum(stats(url)["asked"].values()) == len(kept), "a dry run asks nothing"
+        run(*given)
+    rows = [row["reply"] for _, row in read_rows(out / "replies.jsonl")][len(kept) :]
+    answered, calls, prompt_tokens, reply_tokens, usd = told(first)["total"]
+    used = [len(rows), sum(row["prompt_tokens"] for row in rows), sum(row["completion_tokens"] for row in rows)]
+    assert answered == len(kept)
+    assert [calls, prompt_tokens, reply_tokens] == pytest.approx(used, rel=0.05), first
+    assert usd == pytest.approx((used[1] * 1.0 + used[2] * 4.0) / 1e6, rel=0.05)
+    before = told(plain)["total"]
+    assert abs(before[2] - used[1]) > 0.05 * used[1], "the rule of thumb alone would not do"
+    assert "(95 %)" in first

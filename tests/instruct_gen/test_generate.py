@@ -318,7 +318,8 @@ def told_by_dry_run(captions, out, teacher, capsys, *more):
     capsys.readouterr()
     assert run(captions, out, teacher, "--dry-run", *more) == 0
     assert len(teacher.asked) == calls
-    lines = capsys.readouterr().out.splitlines()[1:-1]
+    lines = capsys.readouterr().out.splitlines()
+    lines = lines[1 : next(number for number, line in enumerate(lines) if line.startswith("total")) + 1]
     return {line[:22].strip(): [float(n.replace(",", "")) for n in line[22:].split()] for line in lines}
 
 

@@ -15,11 +15,16 @@ PACKAGES = ("medllava", "torch", "transformers", "numpy", "av", "opencv-python-h
 
 
 def write_result(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write ``path`` and print the rows."""
+    """Write ``path`` and print the rows as one table."""
+    print(f"{'figure':<44}{'ours':>10}{'baseline':>12}  {'unit':<16}{'target':<12}{'holds':<8}baseline is")
     for row in rows:
-        against = f"   {row['ratio']} x {row['baseline']}" if row["ratio"] is not None else ""
-        goal = f"   ({row['limit']} {row['target']}: {'holds' if row['holds'] else 'MISSED'})" if row["target"] else ""
-        print(f"{row['figure']:<34}{row['value']:>10} {row['unit']}{against}{goal}")
+        target = "" if row["target"] is None else f"{row['limit']} {row['target']:g}"
+        holds = {True: "yes", False: "NO", None: ""}[row["holds"]]
+        other = "" if row["baseline_value"] is None else f"{row['baseline_value']:.5g}"
+        print(
+            f"{row['figure']:<44}{row['value']:>10.5g}{other:>12}  {row['unit']:<16}{target:<12}{holds:<8}"
+            f"{row['baseline'] or ''}"
+        )
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )

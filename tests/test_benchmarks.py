@@ -1,0 +1,28 @@
+"""The benchmarks' own self-test: they run, print one table and write the keys that others read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from medllava.jsonl import read_json
+
+KEYS = {"figure", "value", "unit", "baseline", "baseline_value", "ratio", "limit", "target", "holds"}
+
+
+def test_narrate_beside_the_papers_way(repository: Path, tmp_path: Path) -> None:
+    out = tmp_path / "narrate.json"
+    command = [sys.executable, "benchmarks/run.py", "narrate", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = read_json(out)
+    assert set(result) == {"rows", "commit", "versions", "machine"}
+    rows = {row["figure"]: row for row in result["rows"]}
+    assert all(set(row) == KEYS for row in rows.values())
+    assert all(figure in done.stdout for figure in rows)
+    box, aside = rows["phantoms: phrase box, mean IoU"], rows["phantoms: asides given a box"]
+    assert box["holds"] and box["value"] > box["baseline_value"] + 0.2
+    assert aside["holds"] and aside["value"] < aside["baseline_value"]
+    for cost in ("phantoms: CPU", "phantoms: peak memory"):
+        assert 0 < rows[cost]["value"] < rows[cost]["baseline_value"]

@@ -8,6 +8,8 @@ When the replies are there, the results are written from them in a fixed order:
   dropped.jsonl      what did not become a sample: its id, the reason, the raw reply
   case_facts.jsonl   diagnosis and clues per video
   llava.json         all samples as LLaVA JSON; train.json and val.json are the same, divided by video
+  questions.jsonl    the narrators' own questions of the val videos, for medllava eval; questions_general.jsonl: those
+                     that need no image
   split.json         which video is in which part
   summary.json       the recipe, counts per kind, drops per reason, tokens and money
 
@@ -48,15 +50,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from medllava.instruct_gen.asking import Plan, ask_all
     from medllava.instruct_gen.assemble import write_results
-    from medllava.instruct_gen.endpoint import Address, read_captions, read_recipe
+    from medllava.instruct_gen.endpoint import Address, read_captions, read_recipe, tell_redactions
     from medllava.instruct_gen.kinds import load_prompts
     from medllava.llm.cache import ReplyCache
 
     recipe = read_recipe(args)
-    plan = Plan(read_captions(args.captions, recipe.max_captions), recipe, load_prompts(recipe))
+    plan = Plan(read_captions(args, recipe), recipe, load_prompts(recipe))
     address = Address.of(args, recipe)
     if args.dry_run:
         return _dry_run(plan, args, address.base_url)
+    tell_redactions(plan.captions)
     address.announce(f"what was said in {len(plan.captions)} captions, with box coordinates", recipe.model)
     if args.pilot is not None:
         return _pilot(plan, address, args)

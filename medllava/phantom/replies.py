@@ -117,7 +117,11 @@ def _text_of(content: Any) -> str:
 
 
 def _conversation(text: str, rng: random.Random) -> dict[str, Any]:
-    """4 to 6 short questions in random order: yes and no in equal number, the rest where, what and how many."""
+    """4 to 6 short questions in random order: yes and no in equal number, how many, the rest where and what.
+
+    How many is always asked: asked only where other questions are few, it would come with some answers more often
+    than with others, and a model would learn to guess those.
+    """
     findings = read_findings(text)
     if not findings:
         return {"turns": []}
@@ -126,17 +130,17 @@ def _conversation(text: str, rng: random.Random) -> dict[str, Any]:
     absent = [kind for kind in grammar.FINDINGS if kind not in present]
     pairs: list[tuple[str, str]] = []
     placed = [finding for finding in by_kind if finding.quadrant]
-    for finding in rng.sample(placed, min(2, len(placed))):
-        pairs.append((grammar.ask_where(finding.kind, rng), grammar.tell_where(finding.quadrant or "")))
-    for kind, here in ((rng.choice(present), True), (rng.choice(absent), False)):
-        pairs.append((grammar.ask_yes_no(kind, rng), grammar.tell_yes_no(here, kind)))
     known = _quadrant_contents(findings)
     full = [quadrant for quadrant, kind in known.items() if kind]
     empty = [quadrant for quadrant, kind in known.items() if not kind]
-    asked = rng.sample(full, min(1, len(full))) + rng.sample(empty, min(int(rng.random() < 0.4), len(empty)))
+    empties = min(int(rng.random() < 0.4), len(empty))
+    for finding in rng.sample(placed, min(2 - empties, len(placed))):
+        pairs.append((grammar.ask_where(finding.kind, rng), grammar.tell_where(finding.quadrant or "")))
+    for kind, here in ((rng.choice(present), True), (rng.choice(absent), False)):
+        pairs.append((grammar.ask_yes_no(kind, rng), grammar.tell_yes_no(here, kind)))
+    asked = rng.sample(full, min(1, len(full))) + rng.sample(empty, empties)
     pairs += [(grammar.ask_what(quadrant, rng), grammar.tell_what(known[quadrant])) for quadrant in asked]
-    if len(pairs) < 4 or (len(pairs) < 6 and rng.random() < 0.5):
-        pairs.append((grammar.ask_count(rng), grammar.tell_count(len(findings))))
+    pairs.append((grammar.ask_count(rng), grammar.tell_count(len(findings))))
     rng.shuffle(pairs)
     return _turns(pairs)
 

@@ -63,11 +63,11 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]
     if not arguments.quick:
         _phantoms(large, arguments.seed, "--videos", 1, "--fields", 4, "--width", 1280, "--height", 720, "--fps", 30)
         rows += _costs("1280x720 at 30 fps", *_both(large, folder / "c"))
-    files = sorted(videos.glob("*.mp4"))[:3]
-    rows.append(_against_decoding("CPU, 320x240 at 8 fps", files, folder / "d", limit=None))
+    rows.append(_against_decoding("CPU, 320x240 at 8 fps", sorted(videos.glob("*.mp4"))[:3], folder / "d", limit=None))
     if not arguments.quick:
-        files = sorted(large.glob("*.mp4"))
-        rows.append(_against_decoding("CPU, 1280x720 at 30 fps", files, folder / "e", limit=1.3))
+        rows.append(_against_decoding("CPU, 1280x720 at 30 fps", sorted(large.glob("*.mp4")), folder / "e", limit=1.3))
+    if arguments.clips is not None:
+        rows.append(_against_decoding("CPU, clips", sorted(arguments.clips.glob("*.mp4")), folder / "f", limit=1.3))
     return rows
 
 

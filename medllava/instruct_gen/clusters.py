@@ -17,8 +17,9 @@ The original draws its starts unseeded; here a seed decides them, so that a run 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,6 +96,18 @@ def inline_text(runs: Sequence[Run], utterances: Sequence[str], caption: str | N
         text = " ".join(utterances[number] for number in run.utterances)
         pieces.append(text if run.corners is None else f"{text} {list(run.corners)}")
     return ", ".join(pieces)
+
+
+def published_text(row: Mapping[str, Any], *, seed: int = 0, starts: int | None = None) -> str:
+    """The caption with boxes of one row in the layout that the published code reads: ``image_size`` [width, height],
+    ``traces`` [{x, y, t}], ``utterances`` [{end_time, utterance}], ``caption``."""
+    points = np.array([(p["t"], p["x"], p["y"]) for p in row["traces"]], np.float64).reshape(-1, 3)
+    said = [str(utterance["utterance"]) for utterance in row["utterances"]]
+    runs = published_runs(
+        points, [utterance["end_time"] for utterance in row["utterances"]], [len(text.split()) for text in said],
+        tuple(row["image_size"]), caption_words=len(row["caption"].split()), seed=seed, starts=starts,
+    )
+    return inline_text(runs, said, row["caption"])
 
 
 def _clusters(

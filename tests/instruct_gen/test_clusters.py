@@ -7,22 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medllava.instruct_gen.clusters import Run, inline_text, number_of_clusters, published_runs
+from medllava.instruct_gen.clusters import Run, inline_text, number_of_clusters, published_runs, published_text
 
 ROWS = Path(os.environ.get("MEDLLAVA_PARITY", Path(__file__).parents[3] / "shared" / "parity")) / "clusters/rows.json"
 """What the published code gives, with how each row is to be compared."""
 
 SIZE = (640, 480)
-
-
-def published(row, **options) -> str:
-    points = np.array([[point["t"], point["x"], point["y"]] for point in row["traces"]], dtype=np.float64)
-    said = [utterance["utterance"] for utterance in row["utterances"]]
-    runs = published_runs(
-        points, [utterance["end_time"] for utterance in row["utterances"]], [len(text.split()) for text in said],
-        tuple(row["image_size"]), caption_words=len(row["caption"].split()), **options,
-    )
-    return inline_text(runs, said, row["caption"])
 
 
 def rows(comparison: str) -> list:
@@ -35,20 +25,20 @@ def rows(comparison: str) -> list:
 @pytest.mark.parametrize("row", rows("exact"))
 def test_as_published_whatever_the_seed(row):
     (expected,) = row["expected"]["outputs"]
-    assert {published(row, seed=seed) for seed in range(3)} == {expected["output"]}
+    assert {published_text(row, seed=seed) for seed in range(3)} == {expected["output"]}
 
 
 @pytest.mark.parametrize("row", rows("set"))
 def test_as_published_for_some_seed(row):
     expected = row["expected"]
-    assert {published(row, seed=seed) for seed in range(8)} <= {one["output"] for one in expected["outputs"]}
+    assert {published_text(row, seed=seed) for seed in range(8)} <= {one["output"] for one in expected["outputs"]}
     if expected["n_init_300"]["agree_between_sklearn_versions"]:
-        assert published(row, starts=300) == expected["n_init_300"]["sklearn_1.2.2"]["output"]
+        assert published_text(row, starts=300) == expected["n_init_300"]["sklearn_1.2.2"]["output"]
 
 
 @pytest.mark.parametrize("row", rows("error"))
 def test_where_the_published_code_stops_there_is_a_caption(row):
-    text = published(row)
+    text = published_text(row)
     said = " ".join(utterance["utterance"] for utterance in row["utterances"])
     if "IndexError" in row["expected"]["outputs"][0]["output"]:  # clusters of few words: the last one keeps its box
         assert text.startswith(said + " [")

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,10 @@ class Task:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--videos", type=Path, required=True, help="folder of videos, or one video")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1,
+        help="processes (default: all cores); a video is worked on by one of them",
+    )
     parser.add_argument("--transcripts", type=Path, help="folder of the transcripts (default: beside the videos)")
     parser.add_argument(
         "--asr", nargs="?", const="faster-whisper:small", metavar="BACKEND:MODEL",
@@ -69,6 +72,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grounding", choices=("pointing", "paper"), default="pointing",
         help="how phrases get boxes: from the pointing during each, or by the clustering published with Quilt-LLaVA",
+    )
+    parser.add_argument(
+        "--frame-filter", type=Path, metavar="MODEL_DIR",
+        help="tell histology, and each video's medical domain, by a CLIP or SigLIP folder (default: by the stain)",
+    )
+    parser.add_argument(
+        "--frame-prompts", type=Path, default=Path("instruct_gen/frame_filter.yaml"), metavar="YAML",
+        help="sentences that --frame-filter compares pictures with (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="for --grounding paper, which is drawn by lot (default: 0)")
 
@@ -84,6 +95,11 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.seed < 2**32:
         raise ConfigError(f"--seed {args.seed}: expected 0 to {2**32 - 1}")
     options = Options(grounding=args.grounding, seed=args.seed)
+    if args.frame_filter is not None:
+        from medllava.instruct_gen.frame_filter import load_filter
+
+        options = replace(options, frame_filter=str(args.frame_filter), frame_prompts=str(args.frame_prompts))
+        load_filter(options.frame_filter, options.frame_prompts)  # Its faults are no video's.
     tasks = [Task(video, args.transcripts, args.out, options) for video in videos]
     failures: dict[str, str] = {}
     if args.asr:
@@ -104,12 +120,20 @@ def run(args: argparse.Namespace) -> int:
         f"{len(done)} of {len(tasks)} videos: {counts['narratives']} narratives,"
         f" {counts['phrases']} phrases, {counts['boxes']} with a box -> {args.out}"
     )
+    left_out = sum((Counter(read_json(task.part)["left_out"]) for task in done), Counter[str]())
+    if left_out:
+        print("pictures left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.most_common()))
+    if counts["same_views"]:
+        print(f"{counts['same_views']} narratives show a view that their video showed before (same_view_as)")
+    if len(tasks) == 1 and args.workers > 1:
+        print("one video is worked on by one process; several would be shared out")
     no_box = sum((Counter(read_json(task.part)["no_box"]) for task in done), Counter[str]())
     if no_box:
         print("without a box: " + ", ".join(f"{count} {reason}" for reason, count in no_box.most_common()))
     write_json(
         args.out / "narrate.json",
-        {"options": asdict(options), "videos": len(done), "failed": len(failures)} | counts | {"no_box": no_box},
+        {"options": asdict(options), "videos": len(done), "failed": len(failures)} | counts
+        | {"no_box": no_box, "left_out": left_out},
     )
     if counts["warnings"]:
         print(f"warning: {counts['warnings']} remarks on what was used, see {args.out / 'warnings.jsonl'}")
@@ -183,7 +207,10 @@ def narrate_one(task: Task) -> str | None:
         except DataError:
             VideoReader(task.video)  # Of a damaged video without a transcript, the damage is what to hear of.
             raise
-        stamp = fingerprint(task.options, task.video, transcript)
+        model, prompts = task.options.frame_filter, task.options.frame_prompts
+        stamp = fingerprint(
+            task.options, task.video, transcript, *([Path(model, "config.json"), Path(prompts)] if model else [])
+        )
         if _is_done(task, stamp):
             return None
         result = narrate(task.video, transcript, task.out, task.options)
@@ -198,6 +225,7 @@ def narrate_one(task: Task) -> str | None:
             "narratives": [record.model_dump(mode="json") for record in result.narratives],
             "captions": [record.model_dump(mode="json") for record in result.captions],
             "no_box": result.no_box,
+            "left_out": result.left_out,
             "warnings": list(result.warnings),
         },
     )
@@ -229,6 +257,7 @@ def _assemble(out: Path, done: list[Task]) -> dict[str, int]:
         out / "warnings.jsonl", ({"video": name, "warning": remark} for name, remark in remarks)
     )
     write_records(out / "videos.jsonl", (read_json(task.part)["video"] for task in done))
+    counts["same_views"] = sum(row["same_view_as"] is not None for row in rows("narratives"))
     for caption in rows("captions"):
         counts["phrases"] += len(caption["phrases"])
         counts["boxes"] += sum(phrase["box"] is not None for phrase in caption["phrases"])

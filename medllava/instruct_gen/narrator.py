@@ -18,14 +18,25 @@ from typing import Any
 import av
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from medllava.errors import DataError
 from medllava.instruct_gen.audio import heard
 from medllava.instruct_gen.background import Thinned
 from medllava.instruct_gen.cursor import LAG, Background, Floats, SpotFinder, Spots, joined, steadied
+from medllava.instruct_gen.frame_filter import (
+    LEAST,
+    FrameFilter,
+    StainFilter,
+    ZeroShotFilter,
+    load_filter,
+    stain_probability,
+)
 from medllava.instruct_gen.grounding import Mode, grounded_phrases
-from medllava.instruct_gen.picture import KEPT, Crop, encode_png, find_crop, full_median, is_tissue
+from medllava.instruct_gen.magnification import Scale, estimate_scale, magnification
+from medllava.instruct_gen.picture import KEPT, Crop, encode_png, find_crop, full_median
 from medllava.instruct_gen.records import GroundedCaption, Narrative, TracePoint, Utterance, Video
+from medllava.instruct_gen.same_view import Views
 from medllava.instruct_gen.speech import read_transcript
 from medllava.instruct_gen.stable import SHORTEST_S, stable_runs
 from medllava.instruct_gen.track import Appearance, doubtful_rests, hot_spot, learn_appearance, likeliest, melted_rests
@@ -44,10 +55,14 @@ class Options:
     """What a person may choose about narrating; part of the fingerprint of finished work.
 
     ``grounding``: rule that gives phrases their boxes, ``seed`` is for the published one.
+    ``frame_filter``: folder of an image-text encoder that tells histology, by the sentences of the YAML file
+    ``frame_prompts``; None: the stain decides.
     """
 
     grounding: Mode = "pointing"
     seed: int = 0
+    frame_filter: str | None = None
+    frame_prompts: str = ""
 
 
 DEFAULTS = Options()
@@ -61,6 +76,7 @@ class Result:
     narratives: tuple[Narrative, ...]
     captions: tuple[GroundedCaption, ...]
     no_box: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
     warnings: tuple[str, ...] = ()
 
 
@@ -73,6 +89,45 @@ class _Chunk:
     crop: Crop
     image: str
     spots: Spots
+    scale: Scale | None
+    same_view_as: str | None
+
+
+class _Judge:
+    """What is asked of a video's pictures besides the cursor: kept or left out, seen before, of which domain."""
+
+    def __init__(self, frame_filter: FrameFilter) -> None:
+        self.filter = frame_filter
+        self.views = Views()
+        self.left_out: Counter[str] = Counter()
+        self._domains: dict[str, float] = {}
+
+    def refuses_background(self, background: Background) -> bool:
+        """The stain filter's word, known before a run's frames are worked on; other filters see pictures."""
+        return isinstance(self.filter, StainFilter) and self._refused(
+            stain_probability(background.y, background.u, background.v)
+        )
+
+    def refuses_picture(self, picture: npt.NDArray[np.uint8]) -> bool:
+        if isinstance(self.filter, StainFilter):
+            return False
+        if self._refused(self.filter.score([picture])[0]):
+            return True
+        if isinstance(self.filter, ZeroShotFilter):
+            for name, score in self.filter.domain_scores(picture).items():
+                self._domains[name] = self._domains.get(name, 0.0) + score
+        return False
+
+    def domain(self) -> tuple[str | None, float | None]:
+        """The likeliest domain over the pictures that were kept, and its mean score."""
+        if not self._domains:
+            return None, None
+        name = max(self._domains, key=self._domains.__getitem__)
+        return name, round(self._domains[name] / sum(self._domains.values()), 4)
+
+    def _refused(self, probability: float) -> bool:
+        self.left_out[self.filter.reason] += probability < LEAST
+        return probability < LEAST
 
 
 def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULTS) -> Result:
@@ -87,11 +142,12 @@ def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULT
     spoken = read_transcript(transcript, reader.video.duration_s)
     utterances, silent = heard(video, spoken.utterances)
     finder = SpotFinder()
+    judge = _Judge(load_filter(options.frame_filter, options.frame_prompts))
     chunks: list[_Chunk] = []
     try:
         for _, run in groupby(stable_runs(reader.frames()), key=lambda pair: pair[0]):
             identity = f"{video.stem}-{len(chunks):03d}"
-            chunk = _measure((frame for _, frame in run), reader, finder, identity, out)
+            chunk = _measure((frame for _, frame in run), reader, finder, judge, identity, out)
             if chunk is not None:
                 chunks.append(chunk)
     except BaseException:
@@ -109,10 +165,15 @@ def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULT
         common: dict[str, Any] = {
             "id": f"{video.stem}-{number:03d}", "video": video.name, "image": chunk.image, "crop_px": chunk.crop,
         }
+        power = magnification(chunk.scale, (utterance.text for utterance in said))
         narratives.append(
             Narrative(
                 start_s=round(chunk.start_s, 3), end_s=round(chunk.end_s, 3), trace=tuple(trace),
-                utterances=tuple(said), **common,
+                utterances=tuple(said), same_view_as=chunk.same_view_as,
+                mpp=chunk.scale.mpp if chunk.scale else None,
+                mpp_confidence=chunk.scale.confidence if chunk.scale else None,
+                magnification=power.objective if power else None, magnification_from=power.source if power else None,
+                **common,
             )
         )
         size = (chunk.crop[2] - chunk.crop[0], chunk.crop[3] - chunk.crop[1])
@@ -120,7 +181,12 @@ def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULT
         no_box += reasons
         if phrases:
             captions.append(GroundedCaption(phrases=tuple(phrases), **common))
-    return Result(reader.video, tuple(narratives), tuple(captions), no_box, (*spoken.warnings, *silent))
+    domain, domain_score = judge.domain()
+    probed = reader.video.model_copy(update={"domain": domain, "domain_score": domain_score})
+    remarks = [*spoken.warnings, *silent]
+    if not narratives:
+        remarks.append(f"{video}: nothing in it holds still for {SHORTEST_S:g} s and shows histology")
+    return Result(probed, tuple(narratives), tuple(captions), no_box, +judge.left_out, tuple(remarks))
 
 
 def fingerprint(options: Options, *files: Path) -> str:
@@ -137,7 +203,7 @@ def fingerprint(options: Options, *files: Path) -> str:
 
 
 def _measure(
-    frames: Iterator[Frame], reader: VideoReader, finder: SpotFinder, identity: str, out: Path
+    frames: Iterator[Frame], reader: VideoReader, finder: SpotFinder, judge: _Judge, identity: str, out: Path
 ) -> _Chunk | None:
     """Work through one run of still frames; None if it is too short or shows no tissue."""
     held: list[Frame] = []
@@ -156,7 +222,7 @@ def _measure(
         if len(held) == WINDOW:
             held = steadied(held)
             background = Background.of(held)
-            if first is None and not is_tissue(background):
+            if first is None and judge.refuses_background(background):
                 return None
             first = first or background
             windows.append(finder.find(held, background, range(context, WINDOW // 2), seen))
@@ -168,16 +234,19 @@ def _measure(
         return None
     held = steadied(held)
     background = Background.of(held)
-    if first is None and not is_tissue(background):
+    if first is None and judge.refuses_background(background):
         return None
     windows.append(finder.find(held, background, range(context, len(held)), seen))
     width, height = reader.video.width, reader.video.height
     x0, y0, x1, y1 = crop = find_crop(background, width, height)
-    picture = reader.upright(full_median(sources.items))[y0:y1, x0:x1]
+    picture = np.ascontiguousarray(reader.upright(full_median(sources.items))[y0:y1, x0:x1])
+    if judge.refuses_picture(picture):
+        return None
     image = f"frames/{identity}.png"
     with atomic_write(out / image, "wb") as file:
-        file.write(encode_png(np.ascontiguousarray(picture)))
-    return _Chunk(start_s, end_s, crop, image, joined(windows))
+        file.write(encode_png(picture))
+    same_view_as = judge.views.find_or_add(identity, background.y, crop)
+    return _Chunk(start_s, end_s, crop, image, joined(windows), estimate_scale(picture), same_view_as)
 
 
 def _trace(

@@ -1,4 +1,4 @@
-"""The picture of a stable chunk as it is kept: full size, without the cursor, without black bars; and is it tissue?"""
+"""The picture of a stable chunk as it is kept: full size, without the cursor, without black bars."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ KEPT = 13
 
 BLACK = 40
 """Luma up to which a border is a black bar."""
-
-CELL = 8
-"""Side, in chroma pixels, of the cells in which tissue is looked for."""
 
 Crop = tuple[int, int, int, int]
 
@@ -71,26 +68,3 @@ def _ends(lit: npt.NDArray[np.bool_], scale: float, length: int) -> tuple[int, i
     low = round(first * scale) if first > 0.01 * len(lit) else 0
     high = round(last * scale) if last < 0.99 * len(lit) else length
     return low, high
-
-
-def is_tissue(background: Background) -> bool:
-    """Is there stained tissue to see, rather than a title, text or a plain screen?
-
-    Tissue is coloured and textured over one large area. Lines of text, a logo and a talking head are small areas on one
-    flat colour, whatever it is.
-    """
-    u, v = (plane.astype(np.float32) for plane in (background.u, background.v))
-    rows, columns = (size // CELL for size in u.shape)
-    stained = _cell_mean(np.hypot(u - 128, v - 128), rows, columns)
-    luma = cv2.resize(background.y, (u.shape[1], u.shape[0]), interpolation=cv2.INTER_AREA).astype(np.float32)
-    mean = _cell_mean(luma, rows, columns)
-    rough = np.sqrt(np.maximum(_cell_mean(luma * luma, rows, columns) - mean**2, 0)) > 1.5
-    seen = (rough & (stained > 5)).astype(np.uint8)
-    areas = cv2.connectedComponentsWithStats(seen, connectivity=4)[2][1:, cv2.CC_STAT_AREA]
-    return bool(len(areas) > 0 and areas.max() > 0.1 * seen.size)
-
-
-def _cell_mean(values: npt.NDArray[np.float32], rows: int, columns: int) -> npt.NDArray[np.float32]:
-    cut = values[: rows * CELL, : columns * CELL]
-    return np.asarray(cv2.resize(cut, (columns, rows), interpolation=cv2.INTER_AREA), np.float32)
-

@@ -6,7 +6,7 @@ the rectangle ``crop_px`` of the video frame (viewer frames and black bars are c
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
@@ -18,13 +18,18 @@ class _Record(BaseModel):
 
 
 class Video(_Record):
-    """One video file as probed: ``name`` is the file name; sizes are of the displayed (rotated) picture, in pixels."""
+    """One video file as probed: ``name`` is the file name; sizes are of the picture as a player shows it, in pixels.
+
+    ``domain`` (one of MedicalNarratives' twelve) and its score are known only if an encoder was given.
+    """
 
     name: str
     width: int = Field(gt=0)
     height: int = Field(gt=0)
     fps: float = Field(gt=0)
     duration_s: float = Field(gt=0)
+    domain: str | None = None
+    domain_score: float | None = Field(default=None, ge=0, le=1)
 
 
 class StableChunk(_Record):
@@ -75,7 +80,12 @@ class Utterance(_Record):
 
 class Narrative(_Record):
     """A stable chunk with its background image, cursor trace and what was said during it (one line of
-    ``narratives.jsonl``)."""
+    ``narratives.jsonl``).
+
+    ``same_view_as``: id of the video's first chunk with the same view, if it is not this one. ``mpp``: micrometres per
+    pixel of the image as its nuclei suggest, with a confidence 0..1; ``magnification``: the objective that the
+    narrator names ("transcript") or that fits the nuclei ("nuclei").
+    """
 
     id: str
     video: str
@@ -85,6 +95,11 @@ class Narrative(_Record):
     crop_px: tuple[int, int, int, int]
     trace: tuple[TracePoint, ...] = ()
     utterances: tuple[Utterance, ...] = ()
+    same_view_as: str | None = None
+    mpp: float | None = Field(default=None, gt=0)
+    mpp_confidence: float | None = Field(default=None, ge=0, le=1)
+    magnification: str | None = None
+    magnification_from: Literal["transcript", "nuclei"] | None = None
 
 
 class Phrase(_Record):

@@ -256,7 +256,7 @@ def _is_cover(stream: Any) -> bool:
 
 
 def _in_square_pixels(width: int, height: int, aspect: Any) -> tuple[int, int]:
-    """Width and height with which a frame of oblong pixels looks as it should: it grows along its pixels' longer side."""
+    """Width and height with which a frame of oblong pixels looks as it should; it grows along their longer side."""
     ratio = float(aspect or 1)
     if ratio == 1 or not 1 / WIDEST_PIXEL <= ratio <= WIDEST_PIXEL:
         return width, height

@@ -10,8 +10,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 demo_extras = gen,train,serve,eval
-test_extras = gen,train,serve,eval,dev
-check_extras = gen,train,serve,eval,dev
+test_extras = gen,redact,train,serve,eval,dev
+check_extras = gen,redact,train,serve,eval,dev
 bench_extras = gen,train,serve,eval
 
 .PHONY: demo test check bench

@@ -12,6 +12,7 @@ from medllava.errors import ConfigError
 from medllava.eval.benchmarks import load_benchmark
 from medllava.eval.judge import request as judge_request
 from medllava.eval.records import Question
+from medllava.instruct_gen.concepts import Vocabulary
 from medllava.instruct_gen.kinds import load_prompts
 from medllava.instruct_gen.prompts import load_prompt
 from medllava.instruct_gen.recipe import GenerateRecipe
@@ -20,6 +21,7 @@ from medllava.train.config import load_training_recipe
 REPOSITORY = Path(__file__).resolve().parents[1]
 KINDS = {
     "train/recipes": "training", "instruct_gen/recipes": "generation", "instruct_gen/prompts": "prompt",
+    "instruct_gen/vocabulary": "vocabulary",
     "eval/benchmarks": "benchmark", "eval/prompts": "judge",
 }
 """Which folder holds what. A file elsewhere must be named here before it is added."""
@@ -53,6 +55,8 @@ def test_it_loads_as_what_it_is(path: Path) -> None:
         assert load_prompts(recipe)
     elif kind == "prompt":
         assert load_prompt(path.parent, path.stem).hash
+    elif kind == "vocabulary":
+        assert Vocabulary.read(path).concepts
     elif kind == "benchmark":
         assert load_benchmark(str(path)).name == path.stem
     else:

@@ -226,6 +226,25 @@ def test_redacted_before_it_is_sent(captions, tmp_path, teacher, capsys):
     assert rows(out / "captions.jsonl")[1]["phrases"][0]["text"] == "Dr. [NAME] calls this a psammoma body."
 
 
+def test_generate_redacts_before_it_asks(captions, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("presidio_analyzer")
+    from medllava.phantom import replies
+
+    captions.write_text(captions.read_text().replace("psamoma", "psammoma"))
+    asked: list[str] = []
+    answer = replies.reply_to
+    monkeypatch.setattr(replies, "reply_to", lambda messages: asked.append(json.dumps(messages)) or answer(messages))
+    with TeacherServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        out = tmp_path / "out"
+        assert main(["generate", *arguments(captions, out, server.url, "--redact")[1:]]) == 0
+        server.shutdown()
+    assert "redacted: 1 [NAME]" in capsys.readouterr().out
+    assert asked
+    assert any("[NAME]" in text for text in asked)
+    assert not any("Patel" in text for text in asked)
+
+
 def test_a_dry_run_makes_nothing(captions, tmp_path, teacher, capsys):
     assert main(arguments(captions, tmp_path / "out", teacher, "--dry-run")) == 0
     assert "0 answered, 3 calls" in capsys.readouterr().out

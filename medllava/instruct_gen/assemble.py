@@ -18,6 +18,7 @@ from medllava.instruct_gen.duplicates import NearDuplicates
 from medllava.instruct_gen.kinds import Draft, Task, UnusableReplyError, seeded_fraction
 from medllava.instruct_gen.recipe import GenerateRecipe
 from medllava.instruct_gen.records import CaseFacts, Dropped
+from medllava.instruct_gen.redact import RedactedFile
 from medllava.instruct_gen.wording import verdict
 from medllava.jsonl import atomic_write, to_line, write_json, write_json_list, write_records
 from medllava.llm.cache import ReplyCache
@@ -143,6 +144,7 @@ def _summary(plan: Plan, cache: ReplyCache, kept: Counter[str], reasons: Counter
         "cached_tokens": cache.cached_tokens,
         "completion_tokens": cache.completion_tokens,
         "usd": round(cache.usd(price), 4) if price else None,
+        "redacted": isinstance(plan.captions, RedactedFile),
         "recipe": plan.recipe.model_dump(mode="json", exclude={"prompts", "concurrency"}),
         "prompts": {name: prompt.hash for name, prompt in plan.prompts.items()},
     }

@@ -9,7 +9,8 @@ the boxes. Written to --out:
   datacard.json    the same figures for programs
 
 The same input gives the same bytes. The page shows pictures and words of the data, the narrator's too: publish it only
-where you may publish those. If the captions were corrected or redacted, give that file with --captions.
+where you may publish those. If the captions were corrected or redacted by a step of its own, give
+that file with --captions; of captions that only generate redacted, the card shows no words.
 
 examples:
   python -m medllava.instruct_gen card --data out --narrated narrated
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         with atomic_write(out / name) as file:
             file.write(text)
     write_json(out / "datacard.json", as_json(figures))
+    if figures.unredacted:
+        print("note: generate was run with --redact, so the narrator's own words are not shown")
     if narrated is None:
         print("note: no pictures: give the folder that narrate wrote to --narrated")
     leaks = figures.split.leaks if figures.split else ()

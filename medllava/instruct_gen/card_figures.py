@@ -128,6 +128,8 @@ class Figures:
     teachers: Counter[str]
     split: Split | None
     examples: list[Example]
+    unredacted: bool
+    """The captions that were read hold words that generate was told to redact; they must not be shown."""
 
 
 def read_figures(
@@ -139,6 +141,8 @@ def read_figures(
     The examples are those whose id has the smallest seeded hash: the same ones however the file is sorted. Raises
     DataError naming the file that is missing or at fault.
     """
+    summary = _optional(data, "summary.json")
+    unredacted = spoken is None and bool(summary.get("redacted"))
     if spoken is None and narrated is not None and (narrated / "captions.jsonl").is_file():
         spoken = narrated / "captions.jsonl"
     captions = {caption.id: caption for caption in read_records(spoken, GroundedCaption)} if spoken else {}
@@ -190,10 +194,11 @@ def read_figures(
         no_box=_optional(narrated, "narrate.json").get("no_box", {}),
         answers=answers,
         facts=_facts(data),
-        summary=_optional(data, "summary.json"),
+        summary=summary,
         teachers=teachers,
         split=split,
         examples=_with_pictures(drawn, part_of, captions, narrated),
+        unredacted=unredacted,
     )
 
 

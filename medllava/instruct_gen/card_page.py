@@ -62,8 +62,8 @@ def as_html(figures: Figures, title: str, images: Path | None) -> str:
         box_notes=_box_notes(figures), box_plots=_box_plots(figures), drop_rows=_drop_rows(figures),
         price_rows=_price_rows(figures), split_rows=_split_rows(figures), leak_rows=_leak_rows(figures),
         leak_free=_leak_free(figures), verdict=_verdict(figures), split_note=_split_note(figures),
-        cards=[_card(example, images) for example in figures.examples], made_rows=_made_rows(figures),
-        colours=(CAPTION_COLOUR, SAMPLE_COLOUR, TRACE_COLOUR),
+        cards=[_card(example, images, words=not figures.unredacted) for example in figures.examples],
+        made_rows=_made_rows(figures), colours=(CAPTION_COLOUR, SAMPLE_COLOUR, TRACE_COLOUR),
     )
 
 
@@ -365,7 +365,7 @@ def _made_rows(figures: Figures) -> list[tuple[str, str]]:
     return rows
 
 
-def _card(example: Example, images: Path | None) -> dict[str, Any]:
+def _card(example: Example, images: Path | None, *, words: bool) -> dict[str, Any]:
     sample, caption = example.sample, example.caption
     made = sample.provenance
     times = [plain_time(time) for time in (made.start_s, made.end_s) if time is not None]
@@ -377,7 +377,8 @@ def _card(example: Example, images: Path | None) -> dict[str, Any]:
     for phrase in caption.phrases if caption else ():
         if phrase.box:
             boxes.append((len(boxes) + 1, phrase.box))
-        phrases.append((len(boxes) if phrase.box else None, plain_time(phrase.start_s), phrase.text))
+        if words:
+            phrases.append((len(boxes) if phrase.box else None, plain_time(phrase.start_s), phrase.text))
     card: dict[str, Any] = {
         "kind": name_of(sample.kind), "id": sample.id, "where": where, "phrases": phrases, "picture": None,
         "turns": [(turn.role, _WHO[turn.role], turn.text.replace("<image>", "").strip()) for turn in sample.turns],

@@ -233,6 +233,20 @@ def test_labels_are_counted_where_records_have_them(data: Path, narrated: Path, 
     assert "| breast | 3 |" in (data / "DATACARD.md").read_text()
 
 
+def test_words_that_were_redacted_are_not_shown(
+    data: Path, narrated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = json.loads((data / "summary.json").read_text())
+    write_json(data / "summary.json", {**summary, "redacted": True})
+    main("--data", data, "--narrated", narrated)
+    assert "the narrator's own words are not shown" in capsys.readouterr().out
+    page = (data / "datacard.html").read_text()
+    assert "This is a gland." not in page
+    assert len(re.findall(r'font-weight="700"[^>]*>1</text>', page)) == 16  # the boxes are
+    main("--data", data, "--narrated", narrated, "--captions", narrated / "captions.jsonl")
+    assert "This is a gland." in (data / "datacard.html").read_text()
+
+
 def test_spread() -> None:
     found = spread([1, 2, 3, 4, 100])
     assert (found.n, found.mean, found.median, found.most) == (5, 22.0, 3.0, 100.0)

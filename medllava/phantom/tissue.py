@@ -30,6 +30,9 @@ MIDLINE = 0.07
 SIDES = (0.22, 0.38)
 """Range of a finding's side, as a fraction of the field's width."""
 
+TRIES = 3000
+"""Arrangements of boxes that are drawn before one of them is left away."""
+
 _UNIT = 128
 _SHIFT = 4
 _FIXED = 1 << _SHIFT
@@ -107,20 +110,24 @@ def sample_field(
 
     Count, kinds, quadrants, sizes and places are drawn independently of one another; boxes keep a margin to the
     edge and to each other, and centres keep away from the midlines, so that the quadrant is never in doubt.
-    ``scale`` multiplies the findings' sides (at most 1.0 for the boxes to fit); no box touches the rectangle
-    ``keep_out`` (pixels; a talking-head inset in a corner).
+    ``scale`` multiplies the findings' sides; above about 1, a field shows the fewer of them the larger they are. No box
+    touches the rectangle ``keep_out`` (pixels; a talking-head inset in a corner).
     """
     count = int(rng.integers(1, 5))
     kinds = rng.permutation(list(FINDINGS))[:count]
     quadrants = rng.permutation(len(QUADRANTS))[:count]
     # A wide screen shows more tissue, not broader findings: sizes follow the 4:3 part of the field.
     reference = min(width, height * 4 / 3) * scale
-    while True:
-        boxes = [_sample_box(rng, int(quadrant), width, height, reference) for quadrant in quadrants]
-        gap = MARGIN * height
-        taken = boxes if keep_out is None else [*boxes, keep_out]
-        if all(_apart(a, b, gap) for i, a in enumerate(taken) for b in taken[:i]):
-            return [Finding(str(kind), box) for kind, box in zip(kinds, boxes, strict=True)]
+    gap = MARGIN * height
+    while len(kinds):
+        for _ in range(TRIES):
+            boxes = [_sample_box(rng, int(quadrant), width, height, reference) for quadrant in quadrants]
+            taken = boxes if keep_out is None else [*boxes, keep_out]
+            if all(_apart(a, b, gap) for i, a in enumerate(taken) for b in taken[:i]):
+                return [Finding(str(kind), box) for kind, box in zip(kinds, boxes, strict=True)]
+        # So many of this size do not fit.
+        kinds, quadrants = kinds[:-1], quadrants[:-1]
+    raise ValueError(f"no finding of scale {scale} fits a field of {width} x {height} beside {keep_out}")
 
 
 def render_tissue(
@@ -153,7 +160,9 @@ def _sample_box(
     rng: np.random.Generator, quadrant: int, width: float, height: float, reference: float
 ) -> tuple[float, float, float, float]:
     side, stretch = rng.uniform(*SIDES) * reference, np.exp(rng.uniform(-0.12, 0.12))
-    w, h = float(side * stretch), float(side / stretch)
+    # However large, it leaves its margin on one side and has its centre in its quadrant.
+    largest = 1 - 2 * (MIDLINE + MARGIN)
+    w, h = min(float(side * stretch), largest * width), min(float(side / stretch), largest * height)
     # Centre in the upper left quadrant, then mirrored.
     x = rng.uniform(MARGIN * width + w / 2, max((0.5 - MIDLINE) * width, MARGIN * width + w / 2))
     y = rng.uniform(MARGIN * height + h / 2, max((0.5 - MIDLINE) * height, MARGIN * height + h / 2))

@@ -5,6 +5,7 @@ from collections import Counter
 
 import cv2
 import numpy as np
+import pytest
 
 from medllava.geometry import QUADRANTS, Point
 from medllava.phantom.grammar import FINDINGS
@@ -125,3 +126,17 @@ def test_rendering_is_fast_enough_for_the_demo() -> None:
     render_tissue(rng, 1280, 960, findings, stain, scale=4)
     # 0.06 microseconds a pixel on one quiet core; the limit leaves room for a busy one.
     assert (time.process_time() - start) / (1280 * 960) < 0.4e-6
+
+
+@pytest.mark.parametrize("scale", [1.3, 2.0, 5.0])
+def test_larger_findings_are_fewer_and_still_inside(scale: float) -> None:
+    fields = [sample_field(np.random.default_rng(seed), 320, 240, scale) for seed in range(3)]
+    for finding in (finding for field in fields for finding in field):
+        x0, y0, x1, y1 = finding.box_px
+        assert 0 <= x0 < x1 <= 320 and 0 <= y0 < y1 <= 240
+    assert max(map(len, fields)) <= (4 if scale < 2 else 2)
+
+
+def test_a_field_that_is_all_taken_is_refused() -> None:
+    with pytest.raises(ValueError, match="no finding"):
+        sample_field(np.random.default_rng(0), 320, 240, keep_out=(0, 0, 320, 240))

@@ -104,6 +104,17 @@ def replay(steps: Generator[Request, Reply, Result], cache: ReplyCache) -> Resul
         return result
 
 
+def open_request(steps: Generator[Request, Reply, Any], cache: ReplyCache) -> Request | None:
+    """The first request of ``steps`` whose reply is not kept, None if all are there."""
+    try:
+        request = next(steps)
+        while (reply := cache.get(request.key())) is not None:
+            request = steps.send(reply)
+        return request
+    except (StopIteration, UnusableReplyError):
+        return None
+
+
 def read_facts(plan: Plan, cache: ReplyCache) -> Iterator[tuple[str, CaseFacts | UnusableReplyError | None]]:
     """Per video: its facts out of the kept replies, the fault of the reply, or None where no reply is kept."""
     for video, steps in plan.facts_by_video():

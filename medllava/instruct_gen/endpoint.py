@@ -8,7 +8,7 @@ import logging
 import socket
 import sys
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from medllava.instruct_gen.captions import CaptionFile
     from medllava.instruct_gen.concepts import Vocabulary
     from medllava.instruct_gen.recipe import GenerateRecipe
+    from medllava.llm.budget import Budget
     from medllava.llm.cache import CachedModel, ReplyCache
 
 log = logging.getLogger(__name__)
@@ -140,22 +141,25 @@ class Address:
         """What ``work`` makes of a model behind the budget that keeps its replies in ``cache``."""
         return asyncio.run(self._ask(recipe, cache, work))
 
+    def budget(self, recipe: GenerateRecipe, cache: ReplyCache) -> Budget | None:
+        """The money for calls whose replies go to ``cache``, None where the recipe has no price."""
+        from medllava.llm.budget import Budget
+
+        price = recipe.usd_per_million
+        if price is None:
+            return None
+        # Kept also without a limit: a later run with one must know what this one may have cost.
+        ledger = cache.path.with_suffix(".sent.jsonl")
+        return Budget(price, self.max_usd, replies_usd=cache.usd(price), ledger=ledger, answered=cache)
+
     async def _ask(
         self, recipe: GenerateRecipe, cache: ReplyCache, work: Callable[[CachedModel], Awaitable[Result]]
     ) -> Result:
-        from medllava.llm.budget import Budget
         from medllava.llm.cache import CachedModel
         from medllava.llm.openai_api import OpenAIModel, resolve_api_key
 
         api_key = resolve_api_key(self.base_url, self.api_key_file)
-        with ExitStack() as stack:
-            budget = None
-            if recipe.usd_per_million is not None:
-                # Kept also without a limit: a later run with one must know what this one may have cost.
-                budget = stack.enter_context(Budget(
-                    recipe.usd_per_million, self.max_usd, replies_usd=cache.usd(recipe.usd_per_million),
-                    ledger=cache.path.with_suffix(".sent.jsonl"), answered=cache,
-                ))  # fmt: skip
+        with self.budget(recipe, cache) or nullcontext() as budget:
             endpoint = OpenAIModel(self.base_url, api_key, concurrency=recipe.concurrency, budget=budget)
             cached = CachedModel(endpoint, cache, endpoint.pace)
             try:

@@ -187,15 +187,17 @@ def total(table: dict[str, Estimate]) -> Estimate:
     )
 
 
-def report(table: dict[str, Estimate], recipe: GenerateRecipe, tokenizer: Path | None = None) -> list[str]:
-    """The estimate as lines of text: a table by kind, and how sure it is."""
+def report(
+    table: dict[str, Estimate], recipe: GenerateRecipe, tokenizer: Path | None = None, *, batch: bool = False
+) -> list[str]:
+    """The estimate as lines of text: a table by kind, and how sure it is. ``batch``: at the batch interface's price."""
     whole = total(table)
     price = recipe.usd_per_million
     lines = [f"{'kind':<22}{'answered':>10}{'calls':>10}{'prompt tokens':>15}{'reply tokens':>14}{'dollars':>10}"]
     for name, row in {**table, "total": whole}.items():
         calls, prompt_tokens, reply_tokens = (round(figure) for figure in row.figures)
         cached_tokens = round(row.cached_share * prompt_tokens)
-        usd = f"{price.usd(prompt_tokens, reply_tokens, cached_tokens):.2f}" if price else "unpriced"
+        usd = f"{price.usd(prompt_tokens, reply_tokens, cached_tokens, batch=batch):.2f}" if price else "unpriced"
         lines.append(f"{name:<22}{row.answered:>10,}{calls:>10,}{prompt_tokens:>15,}{reply_tokens:>14,}{usd:>10}")
     guessed = [name for name, row in table.items() if not row.measured and row.calls >= 0.5]
     if guessed:

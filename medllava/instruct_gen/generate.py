@@ -28,6 +28,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from medllava.instruct_gen.asking import Plan, Trouble
     from medllava.instruct_gen.endpoint import Address
+    from medllava.llm.cache import ReplyCache
+
+UNDER_WAY = 75
+"""Exit code while batches are under way: not an error, not the end (sysexits' "try again later")."""
 
 HELP = "grounded captions -> instruction samples, by asking a teacher model"
 
@@ -45,11 +49,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, metavar="PATH",
         help="tokenizer.json of a local model, for the prompt tokens that --dry-run tells",
     )
+    add(
+        "--batch", action="store_true",
+        help="through the provider's batch interface: submit what can be asked, collect what has ended; give the same"
+        f" command until it ends with 0 (meanwhile {UNDER_WAY})",
+    )
+    add("--wait", action="store_true", help="with --batch: look every minute until all is there")
 
 
 def run(args: argparse.Namespace) -> int:
     from medllava.instruct_gen.asking import Plan, ask_all
     from medllava.instruct_gen.assemble import write_results
+    from medllava.instruct_gen.batching import refuse_while_under_way
     from medllava.instruct_gen.endpoint import Address, read_captions, read_recipe, tell_redactions
     from medllava.instruct_gen.kinds import load_prompts
     from medllava.llm.cache import ReplyCache
@@ -61,13 +72,36 @@ def run(args: argparse.Namespace) -> int:
         return _dry_run(plan, args, address.base_url)
     tell_redactions(plan.captions)
     address.announce(f"what was said in {len(plan.captions)} captions, with box coordinates", recipe.model)
+    if args.pilot is not None or not args.batch:
+        refuse_while_under_way(args.out)
     if args.pilot is not None:
         return _pilot(plan, address, args)
     with ReplyCache(args.out / "replies.jsonl") as cache:
-        trouble = address.ask(recipe, cache, lambda model: ask_all(plan, model, cache))
+        if args.batch:
+            trouble, said = _batch(plan, cache, address, args)
+            if trouble is None:
+                print(f"batches are under way: {said}. The same command again goes on")
+                return UNDER_WAY
+        else:
+            trouble = address.ask(recipe, cache, lambda model: ask_all(plan, model, cache))
         summary = write_results(plan, cache, trouble, args.out)
     _print_summary(summary, args.out)
     return _exit_code(summary, trouble, args.out)
+
+
+def _batch(
+    plan: Plan, cache: ReplyCache, address: Address, args: argparse.Namespace
+) -> tuple[Trouble | None, str]:
+    from medllava.instruct_gen.batching import run_batches
+    from medllava.llm.batches import BatchQueue
+    from medllava.llm.openai_api import resolve_api_key
+
+    api_key = resolve_api_key(address.base_url, address.api_key_file)
+    with (
+        address.budget(plan.recipe, cache) or nullcontext() as budget,
+        BatchQueue(args.out, cache, address.base_url, api_key) as queue,
+    ):
+        return run_batches(plan, cache, queue, budget, wait=args.wait)
 
 
 def _dry_run(plan: Plan, args: argparse.Namespace, base_url: str) -> int:
@@ -77,7 +111,7 @@ def _dry_run(plan: Plan, args: argparse.Namespace, base_url: str) -> int:
     path = args.out / "replies.jsonl"
     with ReplyCache(path) if path.exists() else nullcontext(ReplyCache(path)) as cache:
         table = estimate_run(plan, cache, args.tokenizer)
-    print("\n".join(report(table, plan.recipe, args.tokenizer)))
+    print("\n".join(report(table, plan.recipe, args.tokenizer, batch=args.batch)))
     print(f"no call was made; a run would send {total(table).calls:,.0f} to {base_url}, model {plan.recipe.model}")
     return 0
 
@@ -93,7 +127,7 @@ def _pilot(plan: Plan, address: Address, args: argparse.Namespace) -> int:
         trouble = address.ask(plan.recipe, cache, lambda model: ask_pilot(plan, model, cache, args.pilot))
         table = estimate_run(plan, cache, args.tokenizer)
         kept = len(cache)
-    print("\n".join(report(table, plan.recipe, args.tokenizer)))
+    print("\n".join(report(table, plan.recipe, args.tokenizer, batch=args.batch)))
     print(f"{kept:,} replies are kept in {args.out}; the same command without --pilot asks for the rest")
     if trouble.stopped:
         raise ServiceError(f"the pilot was stopped by --max-usd: {trouble.stopped}")

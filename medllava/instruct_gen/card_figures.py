@@ -120,6 +120,8 @@ class Figures:
     sample_boxes: Boxes
     dropped: dict[str, tuple[int, str]]
     no_box: dict[str, int]
+    left_out: dict[str, int]
+    """Why phrases have no box, and why chunks of video were not used, as narrate counted."""
     answers: dict[str, Counter[str]]
     """Of samples that say so: open or closed, needing the image or general."""
     facts: Counter[str]
@@ -141,7 +143,7 @@ def read_figures(
     The examples are those whose id has the smallest seeded hash: the same ones however the file is sorted. Raises
     DataError naming the file that is missing or at fault.
     """
-    summary = _optional(data, "summary.json")
+    summary, narrate = _optional(data, "summary.json"), _optional(narrated, "narrate.json")
     unredacted = spoken is None and bool(summary.get("redacted"))
     if spoken is None and narrated is not None and (narrated / "captions.jsonl").is_file():
         spoken = narrated / "captions.jsonl"
@@ -191,7 +193,8 @@ def read_figures(
         caption_boxes=pictured.result(of=len(phrases)) if captions else None,
         sample_boxes=boxes.result(),
         dropped=_dropped(data),
-        no_box=_optional(narrated, "narrate.json").get("no_box", {}),
+        no_box=narrate.get("no_box", {}),
+        left_out=narrate.get("left_out", {}),
         answers=answers,
         facts=_facts(data),
         summary=summary,

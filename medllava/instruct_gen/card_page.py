@@ -138,7 +138,7 @@ def as_json(figures: Figures) -> dict[str, Any]:
             heading: {"n": boxes.n, "of": boxes.of, "area": vars(boxes.area), "heat": boxes.heat}
             for heading, boxes in _box_sets(figures)
         },
-        "no_box": figures.no_box, "answers": figures.answers, "case_facts": figures.facts,
+        "no_box": figures.no_box, "left_out": figures.left_out, "answers": figures.answers, "case_facts": figures.facts,
         "dropped": {name: count for name, (count, _) in figures.dropped.items()},
         "summary": figures.summary,
         "teachers": dict(_ranked(figures.teachers)),
@@ -185,6 +185,9 @@ def _notes(figures: Figures) -> list[str]:
         if figures.answers[key]:
             counted = ", ".join(f"{count:,} {name}" for name, count in _ranked(figures.answers[key]))
             notes.append(f"{what}: {counted}.")
+    if figures.left_out:
+        why = ", ".join(f"{count:,} {reason}" for reason, count in _ranked(Counter(figures.left_out)))
+        notes.append(f"Chunks of video that were left out: {why}.")
     facts = figures.facts
     if facts:
         told = f"{facts['with a diagnosis']:,} say a diagnosis, {facts['of a single case']:,} are of a single case"

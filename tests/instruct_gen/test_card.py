@@ -198,6 +198,7 @@ def test_questions_and_case_facts_are_counted(data: Path, narrated: Path) -> Non
     for row, closed, needed in zip(rows, (True, True, False), (True, False, True), strict=False):
         row |= {"kind": "question", "answer_type": "closed" if closed else "open", "image_dependent": needed}
     write_records(data / "samples.jsonl", rows)
+    write_json(narrated / "narrate.json", {"no_box": {"rests": 2}, "left_out": {"no tissue": 3}})
     clue = {"text": "Keratin pearls.", "time_s": 4.0}
     write_records(data / "case_facts.jsonl", [
         CaseFacts.model_validate({"video": "talk0.mp4", "diagnosis": "carcinoma", "clues": [clue, clue]}),
@@ -208,6 +209,8 @@ def test_questions_and_case_facts_are_counted(data: Path, narrated: Path) -> Non
         page = (data / name).read_text()
         assert "Answers of single questions: 2 closed, 1 open." in page
         assert "The image for these answers: 2 needed, 1 not needed." in page
+        assert "Chunks of video that were left out: 3 no tissue." in page
+        assert "Phrases without a box: 2 rests." in page
         assert "Case facts of 2 videos: 1 say a diagnosis, 1 are of a single case; 2 clues." in page
 
 

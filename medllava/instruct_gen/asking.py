@@ -6,6 +6,7 @@ import asyncio
 import heapq
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -72,6 +73,13 @@ class Plan:
                     continue
                 for number in range(1, plan.per_caption + 1):
                     yield Task(caption, kind, number, case)
+
+    def tasks_to_ask(self, facts: dict[str, CaseFacts]) -> Iterator[Task]:
+        """The same in the order of asking: within a video by kind. One after the other the requests then begin alike
+        (instructions, diagnosis, clues), and providers charge less for a beginning that they have just read."""
+        place = {kind: at for at, kind in enumerate(self.recipe.plans)}
+        for _, of_video in groupby(self.tasks(facts), key=lambda task: task.caption.video):
+            yield from sorted(of_video, key=lambda task: place[task.kind])
 
     def steps(self, task: Task) -> DraftSteps:
         return sample_steps(task, self.recipe, self.prompts)
@@ -141,7 +149,7 @@ async def ask_all(plan: Plan, model: CachedModel, cache: ReplyCache) -> Trouble:
         facts = {video: found for video, found in read_facts(plan, cache) if isinstance(found, CaseFacts)}
         count = sum(1 for _ in plan.tasks(facts))
         await ask_each(
-            "samples", plan.tasks(facts), count,
+            "samples", plan.tasks_to_ask(facts), count,
             lambda task: drive(task.id, plan.steps(task), model, trouble), plan.recipe, cache, model.pace,
         )
     except BudgetError as error:

@@ -87,5 +87,5 @@ def open_requests(plan: Plan, cache: ReplyCache, refused: dict[str, str], troubl
     if some:
         return
     facts = {video: found for video, found in read_facts(plan, cache) if isinstance(found, CaseFacts)}
-    for task in plan.tasks(facts):
+    for task in plan.tasks_to_ask(facts):
         yield from look(task.id, plan.steps(task))

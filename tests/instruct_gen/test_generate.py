@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from medllava.conversation import InstructionSample, sample_from_llava
 from medllava.errors import ConfigError, DataError, ServiceError
 from medllava.geometry import QUADRANTS, Box
 from medllava.instruct_gen import generate
+from medllava.instruct_gen.asking import Plan
 from medllava.instruct_gen.assemble import split_videos
 from medllava.instruct_gen.prompts import load_prompt
 from medllava.instruct_gen.records import GroundedCaption, Phrase
@@ -191,6 +193,35 @@ def test_order_does_not_depend_on_concurrency(tmp_path, captions, teacher):
             "iterative_abduction-1", "grounding-1",
         )
     ] + ["case0-001-caption-1"]  # fmt: skip
+
+
+def test_requests_in_a_row_begin_alike(tmp_path, teacher, monkeypatch):
+    """What providers keep in their caches is the beginning that a request shares with those just before it."""
+    captions = tmp_path / "captions.jsonl"
+    make_captions(captions, 24, 3)
+
+    def asked(out):
+        teacher.asked.clear()
+        run(captions, tmp_path / out, teacher, "--concurrency", 1)
+        rows = [json.loads(row) for row in teacher.asked[3:]]  # After the case facts.
+        return ["".join(message["content"] for message in row["messages"]) for row in rows]
+
+    def shared(texts):
+        # With one of the last two: in a dialogue two roles take turns.
+        length = sum(
+            max(len(os.path.commonprefix([text, other])) for other in texts[at - 2 : at])
+            for at, text in enumerate(texts) if at >= 2
+        )
+        return length / sum(len(text) for text in texts[2:])
+
+    texts = asked("grouped")
+    # Of one kind, all that is the same for a video comes before what differs between its images.
+    reasoning = [text for text in texts if text.startswith("Task: complex reasoning")][:8]
+    assert all("Clues:" in os.path.commonprefix(pair) for pair in zip(reasoning, reasoning[1:], strict=False))
+    monkeypatch.setattr("medllava.instruct_gen.asking.Plan.tasks_to_ask", Plan.tasks)
+    by_caption = asked("by caption")
+    assert sorted(by_caption) == sorted(texts)
+    assert shared(texts) > 0.65 and shared(texts) > 1.5 * shared(by_caption), (shared(texts), shared(by_caption))
 
 
 def test_a_second_run_asks_nothing(tmp_path, captions, teacher):

@@ -18,7 +18,7 @@ from medllava.conversation import IMAGE_TAG, InstructionSample, sample_from_llav
 from medllava.errors import DataError
 from medllava.geometry import Box, parse_boxes
 from medllava.instruct_gen.image_index import ImageFacts, look_at
-from medllava.instruct_gen.leaks import Leak, find_leaks, member
+from medllava.instruct_gen.leaks import Leak, Member, find_leaks, member
 from medllava.instruct_gen.records import CaseFacts, Dropped, GroundedCaption, Narrative
 from medllava.jsonl import describe, read_json, read_records, read_rows
 
@@ -215,10 +215,10 @@ def spread(values: Sequence[float], width: float | None = None) -> Spread:
     width = width or _round_up(max(end, 1.0) / _MOST_BINS)
     edges = np.arange(max(int(end / width), 1) + 1 + (end > width and end % width > 0)) * width
     counts, _ = np.histogram(np.minimum(known, edges[-1]), edges)
-    mean, median, p90 = known.mean(), np.median(known), np.percentile(known, 90)
     return Spread(
-        len(known), *(round(float(value), 4) for value in (mean, median, p90, known.max())),
-        tuple(round(float(edge), 4) for edge in edges), tuple(int(count) for count in counts),
+        len(known), mean=round(float(known.mean()), 4), median=round(float(np.median(known)), 4),
+        p90=round(float(np.percentile(known, 90)), 4), most=round(float(known.max()), 4),
+        edges=tuple(round(float(edge), 4) for edge in edges), counts=tuple(int(count) for count in counts),
     )
 
 
@@ -310,9 +310,8 @@ def _read_split(data: Path, narrated: Path | None, *, cache: bool) -> tuple[dict
     if not all(path.is_file() for path in files.values()):
         return {}, None
     part_of: dict[str, str] = {}
-    members = {}
+    members: dict[str, list[Member]] = {part: [] for part in PARTS}
     for part, path in files.items():
-        members[part] = []
         for number, row in enumerate(_rows(path)):
             sample = sample_from_llava(row, f"{path}: row {number}")
             part_of[sample.id] = part

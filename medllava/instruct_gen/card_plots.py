@@ -90,11 +90,11 @@ def heat_map(boxes: Boxes, title: str) -> str:
     parts.append(f'<rect x="1" y="1" width="{side}" height="{side}" fill="none" stroke="{SOFT}"/>')
     for step in range(5):
         share = 1 - step / 4
-        y = 1 + (side - 20) * step / 4
+        top = 1 + (side - 20) * step / 4
         parts.append(
-            f'<rect x="{side + 16}" y="{y:g}" width="18" height="20" fill="{_heat_colour(share)}" stroke="{LINE}"/>'
+            f'<rect x="{side + 16}" y="{top:g}" width="18" height="20" fill="{_heat_colour(share)}" stroke="{LINE}"/>'
         )
-        parts.append(_text(side + 40, y + 14, f"{100 * most * share:.0f}%", anchor="start", colour=SOFT))
+        parts.append(_text(side + 40, top + 14, f"{100 * most * share:.0f}%", anchor="start", colour=SOFT))
     told = f"{title}; the darkest place is covered by {most:.0%} of the boxes"
     return _svg(side + 90, side + 2, told, "".join(parts))
 

@@ -143,6 +143,7 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     money = "" if summary["usd"] is None else f", ${summary['usd']:.2f}"
     tokens = f"{summary['prompt_tokens']:,} + {summary['completion_tokens']:,} tokens"
     print(f"{summary['replies']:,} replies, {tokens}{money} -> {out / 'samples.jsonl'}")
+    print(f"see what is in it: python -m medllava.instruct_gen card --data {out} --narrated DIR")
 
 
 def _exit_code(summary: dict[str, Any], trouble: Trouble, out: Path) -> int:

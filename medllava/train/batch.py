@@ -1,7 +1,8 @@
-"""Example: one tokenized sample. Batch: what one forward pass takes."""
+"""Example: one tokenized sample. Batch: what one forward pass takes. lay_out: which samples share a row."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,13 +24,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples padded on the right.
+    """Rows of one or more samples, padded on the right.
 
-    input_ids, labels: (samples, length) int64; ``labels[i, t]`` is ``input_ids[i, t]`` or IGNORE.
+    input_ids, labels: (rows, length) int64; ``labels[i, t]`` is ``input_ids[i, t]`` or IGNORE.
+    position_ids: (rows, length), from 0 in every sample of a row (padding counts as a sample); None if no row holds
+        two. Models of transformers take from them, and only without an attention mask, where one sample ends.
     image_positions: places of image tokens in the flattened ids, in the order of the pictures' features.
     predict_positions: flattened places t whose next token t + 1 is supervised; ``targets`` are those next tokens. This
         is the one place that shifts labels; the model is not given ``labels``.
-    pixels: (pictures, 3, side, side), or features: (pictures, tokens, width) from the encoder, or neither.
+    pixels: (pictures, 3, side, side), or features: (pictures, tokens, width) from the encoder, or neither. A batch
+        without image tokens may hold a blank picture, which takes part in the computation and changes nothing.
+    tokens: those that are not padding.
     """
 
     ids: tuple[str, ...]
@@ -38,6 +43,8 @@ class Batch:
     image_positions: torch.Tensor
     predict_positions: torch.Tensor
     targets: torch.Tensor
+    tokens: int
+    position_ids: torch.Tensor | None = None
     pixels: torch.Tensor | None = None
     features: torch.Tensor | None = None
 
@@ -57,22 +64,90 @@ class Batch:
 
 
 def collate(
-    examples: Sequence[Example], *, pad_id: int, image_token_id: int, pixels: torch.Tensor | None = None,
+    rows: Sequence[Sequence[Example]], *, pad_id: int, image_token_id: int, pixels: torch.Tensor | None = None,
     features: torch.Tensor | None = None,
 ) -> Batch:
-    """Join examples. Padding on the right needs no attention mask: under causal attention no real token sees it."""
-    length = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), length), pad_id)
-    labels = torch.full((len(examples), length), IGNORE)
-    for row, example in enumerate(examples):
-        input_ids[row, : len(example.input_ids)] = example.input_ids
-        labels[row, : len(example.labels)] = example.labels
-    following = torch.full_like(labels, IGNORE)
-    following[:, :-1] = labels[:, 1:]
+    """Join the samples of each row, and the rows. Padding on the right needs no attention mask: under causal attention
+    no real token sees it. A row without samples is all padding."""
+    lengths = [sum(len(example.input_ids) for example in row) for row in rows]
+    length = max([1, *lengths])
+    input_ids = torch.full((len(rows), length), pad_id)
+    labels = torch.full((len(rows), length), IGNORE)
+    following = torch.full((len(rows), length), IGNORE)
+    position_ids = torch.zeros((len(rows), length), dtype=torch.long)
+    for number, row in enumerate(rows):
+        start = 0
+        for example in row:
+            end = start + len(example.input_ids)
+            input_ids[number, start:end] = example.input_ids
+            labels[number, start:end] = example.labels
+            following[number, start : end - 1] = example.labels[1:]  # a sample's first token follows nothing
+            position_ids[number, start:end] = torch.arange(end - start)
+            start = end
+        position_ids[number, start:] = torch.arange(length - start)
     following = following.flatten()
     predict = (following != IGNORE).nonzero()[:, 0]
     return Batch(
-        ids=tuple(example.id for example in examples), input_ids=input_ids, labels=labels,
-        image_positions=(input_ids.flatten() == image_token_id).nonzero()[:, 0],
-        predict_positions=predict, targets=following[predict], pixels=pixels, features=features,
+        ids=tuple(example.id for row in rows for example in row), input_ids=input_ids, labels=labels,
+        image_positions=(input_ids.flatten() == image_token_id).nonzero()[:, 0], predict_positions=predict,
+        targets=following[predict], tokens=sum(lengths),
+        position_ids=position_ids if any(len(row) > 1 for row in rows) else None, pixels=pixels, features=features,
     )
+
+
+def lay_out(
+    lengths: Sequence[int], *, accumulate: int = 1, rank: int = 0, processes: int = 1, row_length: int | None = None
+) -> list[list[list[int]]]:
+    """Micro-batches of rows of samples for one process, from the samples of a step (numbered as in ``lengths``).
+
+    Every process gets as many micro-batches, and each of these as many rows, so that none waits for another for ever;
+    where samples are too few, a row stays empty. ``row_length``: put samples that together take at most so many tokens
+    into one row; without it, each has its own.
+    """
+    pieces = min(accumulate, math.ceil(len(lengths) / processes))
+    if row_length is None:
+        rows = [[number] for number in range(len(lengths))]
+        rows += [[] for _ in range(-len(rows) % processes)]
+    else:
+        # Rows of like length, so that little is padded, and as many in every piece.
+        rows = pack(lengths, row_length, multiple=processes * pieces)
+        rows.sort(key=lambda row: -sum(lengths[number] for number in row))
+    mine = rows[rank::processes]
+    size = math.ceil(len(mine) / pieces)
+    return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+
+def pack(lengths: Sequence[int], row_length: int, *, multiple: int = 1) -> list[list[int]]:
+    """Samples (by number) in few rows of about equal length, none over ``row_length`` (but for a sample that is longer
+    by itself); the number of rows is a multiple of ``multiple``, if need be with empty ones.
+
+    First-fit-decreasing says how many rows are needed; then the rows are shortened as long as that many suffice, which
+    balances them (MULTIFIT; Coffman, Garey and Johnson 1978).
+    """
+    order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+    low = max(lengths)
+    high = max(row_length, low)
+    rows = _first_fit(lengths, order, high)
+    count = math.ceil(len(rows) / multiple) * multiple
+    while low < high:
+        middle = (low + high) // 2
+        tried = _first_fit(lengths, order, middle)
+        if len(tried) <= count:
+            rows, high = tried, middle
+        else:
+            low = middle + 1
+    return rows + [[] for _ in range(count - len(rows))]
+
+
+def _first_fit(lengths: Sequence[int], order: Sequence[int], room: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for number in order:
+        place = next((row for row, free in enumerate(left) if free >= lengths[number]), None)
+        if place is None:
+            rows.append([])
+            left.append(room)
+            place = -1
+        rows[place].append(number)
+        left[place] -= lengths[number]
+    return rows

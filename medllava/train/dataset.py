@@ -18,10 +18,10 @@ from medllava.conversation import IMAGE_TAG, InstructionSample, Turn, sample_fro
 from medllava.errors import DataError
 from medllava.images import load_image
 from medllava.jsonl import read_json
-from medllava.model.pixels import pixel_values
+from medllava.model.pixels import image_side, pixel_values
 from medllava.model.prompt import IGNORE, Prompt, PromptBuilder
 from medllava.train.augment import choose_variant, flip_pixels, flip_text
-from medllava.train.batch import Batch, Example, collate
+from medllava.train.batch import Batch, Example, collate, lay_out
 
 log = logging.getLogger(__name__)
 
@@ -186,9 +186,13 @@ class Pictures:
         bar.close()
 
     def stack(self, wanted: Sequence[tuple[str, int]]) -> dict[str, torch.Tensor]:
-        """Keyword arguments of :func:`collate` for these pictures."""
+        """Keyword arguments of :func:`collate` for these pictures; one blank picture if there are none, so that the
+        projector and a tower in training take part in every batch on every process."""
         if not wanted:
-            return {}
+            if self._features:
+                return {"features": torch.zeros_like(next(iter(self._features.values())))[None]}
+            side = image_side(self._image_processor)
+            return {"pixels": torch.zeros(1, 3, side, side)}
         if self._features:
             return {"features": torch.stack([self._features[key] for key in wanted])}
         return {"pixels": torch.stack([self.pixels(*key) for key in wanted])}
@@ -265,26 +269,45 @@ class Steps(Dataset[Any]):
 
 def micro_batches(
     examples: Examples, pictures: Pictures | None, *, accumulate: int, flip_seed: int | None, pad_id: int,
-    image_token_id: int, rank: int = 0, processes: int = 1,
+    image_token_id: int, rank: int = 0, processes: int = 1, row_length: int | None = None,
 ) -> Callable[[int, list[int]], list[Batch]]:
-    """A function for :class:`Steps`: the samples of a step as ``accumulate`` batches of this process's share."""
+    """A function for :class:`Steps`: the samples of a step as at most ``accumulate`` batches of this process's share.
+    ``row_length``: pack several samples into rows of so many tokens; see :func:`medllava.train.batch.lay_out`."""
 
     def make(epoch: int, indices: list[int]) -> list[Batch]:
+        variants = [0 if flip_seed is None else choose_variant(flip_seed, epoch, index) for index in indices]
+        if row_length is None:
+            lengths = [examples.lengths[index] for index in indices]
+        else:  # a mirrored text may be longer or shorter, and all processes must see the same rows
+            lengths = [len(examples.get(*key).input_ids) for key in zip(indices, variants, strict=True)]
+        shares = lay_out(lengths, accumulate=accumulate, rank=rank, processes=processes, row_length=row_length)
         made = []
-        if processes > 1:  # every process needs a sample at every step, or the others wait for it for ever
-            indices = (indices * processes)[: math.ceil(len(indices) / processes) * processes]
-        mine = indices[rank::processes]
-        size = max(1, math.ceil(len(mine) / accumulate))
-        for start in range(0, len(mine), size):
-            part = mine[start : start + size]
-            variants = [0 if flip_seed is None else choose_variant(flip_seed, epoch, index) for index in part]
-            chosen = [examples.get(index, variant) for index, variant in zip(part, variants, strict=True)]
-            wanted = [(name, v) for example, v in zip(chosen, variants, strict=True) for name in example.images]
+        for rows in shares:
+            chosen = [[examples.get(indices[place], variants[place]) for place in row] for row in rows]
+            wanted = [
+                (name, variants[place]) for row in rows for place in row
+                for name in examples.get(indices[place], variants[place]).images
+            ]
             inputs = pictures.stack(wanted) if pictures else {}
             made.append(collate(chosen, pad_id=pad_id, image_token_id=image_token_id, **inputs))
         return made
 
     return make
+
+
+def useful_share(
+    order: Order, lengths: Sequence[int], *, accumulate: int = 1, processes: int = 1, row_length: int | None = None,
+    steps: int = 200,
+) -> float:
+    """Part of the computed tokens that are not padding, over the first steps of an epoch."""
+    useful = computed = 0
+    for batch in order.epoch(0)[:steps]:
+        own = [lengths[index] for index in batch]
+        useful += sum(own)
+        for rank in range(processes):
+            for rows in lay_out(own, accumulate=accumulate, rank=rank, processes=processes, row_length=row_length):
+                computed += len(rows) * max(sum(own[place] for place in row) for row in rows)
+    return useful / max(computed, 1)
 
 
 def kind_weights(samples: Sequence[InstructionSample], weights: dict[str, float]) -> tuple[float, ...] | None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from medllava.errors import ConfigError
 from medllava.train.batch import Batch
 
 
@@ -23,18 +24,65 @@ class VisionLanguageLoss(nn.Module):
         super().__init__()
         self.model = model
 
+    def train(self, mode: bool = True) -> VisionLanguageLoss:
+        """A frozen encoder stays as it is in use, so that its features are the same live and cached."""
+        super().train(mode)
+        tower = self.model.model.vision_tower
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            tower.eval()
+        return self
+
     def forward(self, batch: Batch) -> torch.Tensor:
-        core = self.model.model
-        embeds = core.get_input_embeddings()(batch.input_ids)
-        if batch.pixels is not None or batch.features is not None:
-            features = batch.features
-            if features is None:
-                features = vision_features(self.model, batch.pixels)
-            projected = core.multi_modal_projector(features.to(embeds.dtype))
-            rows = embeds.flatten(0, 1)
-            embeds = rows.index_copy(0, batch.image_positions, projected.flatten(0, 1).to(rows.dtype)).view_as(embeds)
-        hidden = core.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        hidden = hidden_states(self.model, embeddings(self.model, batch), batch.position_ids)
         return _loss(hidden, self.model.lm_head, batch)
+
+
+def embeddings(model: Any, batch: Batch) -> torch.Tensor:
+    """(rows, length, width): what the language model reads, the pictures in their places."""
+    core = model.model
+    embeds: torch.Tensor = core.get_input_embeddings()(batch.input_ids)
+    if batch.pixels is None and batch.features is None:
+        return embeds
+    features = vision_features(model, batch.pixels) if batch.features is None else batch.features
+    projected: torch.Tensor = core.multi_modal_projector(features.to(embeds.dtype)).flatten(0, 1)
+    if not len(batch.image_positions):
+        # A blank picture: nothing changes, but every process runs the same modules and has the same gradients.
+        return embeds + 0.0 * projected.sum().to(embeds.dtype)
+    rows = embeds.flatten(0, 1)
+    return rows.index_copy(0, batch.image_positions, projected.to(rows.dtype)).view_as(embeds)
+
+
+def hidden_states(model: Any, embeds: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """(rows, length, width) of the language model's last layer.
+
+    ``position_ids`` that start anew within a row keep its samples apart. That holds only without any attention mask
+    and without a cache; FlashAttention also wants all rows in one.
+    """
+    language = model.model.language_model
+    rows, positions = embeds, position_ids
+    if positions is not None and "flash" in str(language.config._attn_implementation):
+        rows, positions = embeds.flatten(0, 1)[None], positions.flatten()[None]
+    hidden: torch.Tensor = language(inputs_embeds=rows, position_ids=positions, use_cache=False).last_hidden_state
+    return hidden.view_as(embeds)
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Two samples in one row, then the first one changed: the second must not notice. Raises ConfigError if it does,
+    as it would, silently, with a library that does not read positions as this project's does."""
+    training = model.training
+    model.eval()
+    vocabulary = model.model.get_input_embeddings()
+    ids = torch.arange(1, 17, device=vocabulary.weight.device)[None]
+    positions = torch.arange(16, device=ids.device)[None] % 8
+    changed = torch.where(torch.arange(16, device=ids.device) < 8, ids + 16, ids)
+    before, after = (hidden_states(model, vocabulary(each), positions)[0, 8:] for each in (ids, changed))
+    model.train(training)
+    if not torch.allclose(before, after, rtol=0, atol=1e-3 * float(before.abs().max())):
+        raise ConfigError(
+            "packing: samples that share a row see one another with these versions of transformers and its attention"
+            f" ({model.model.language_model.config._attn_implementation}); set packing to false"
+        )
 
 
 def _loss(hidden: torch.Tensor, head: nn.Module, batch: Batch) -> torch.Tensor:

@@ -6,7 +6,8 @@ time a request is made; faults on the way (429, 500, dropped connections, broken
 with ``--faults``. So a run past the faults must end in the same files as one without.
 
 ``/stats`` tells per request, by the key under which its reply is kept, how often it was asked, answered in full, and
-cut off while being answered. Tokens are counted by another vocabulary than medllava's estimate.
+cut off while being answered, and what all of it is charged. Tokens are counted by another vocabulary than medllava's
+estimate.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ def key_of(body: dict[str, Any]) -> str:
 def count_tokens(text: str) -> int:
     """A vocabulary unlike the estimate's: 3.3 bytes a token."""
     return -(-10 * len(text.encode()) // 33)
+
+
+def most_usage(body: dict[str, Any]) -> dict[str, Any]:
+    """Every byte a token, and every reply as long as it may be."""
+    schema = (body.get("response_format") or {}).get("json_schema", {}).get("schema", {})
+    prompt = sum(len(message["content"].encode()) for message in body["messages"]) + len(json.dumps(schema))
+    return {"prompt_tokens": prompt, "completion_tokens": body["max_tokens"]}
 
 
 def usage(body: dict[str, Any], text: str) -> dict[str, Any]:
@@ -76,9 +84,11 @@ def lasting(body: dict[str, Any], share: float) -> dict[str, Any]:
 
 class FaultyTeacher(TeacherServer):
     def __init__(
-        self, *, calm: bool = True, jitter: bool = False, share: float = 0.05, most_at_once: int = 24
+        self, *, calm: bool = True, jitter: bool = False, dear: bool = False, share: float = 0.05,
+        most_at_once: int = 24,
     ) -> None:
         super().__init__()
+        self.dear, self.billed = dear, Counter[str]()
         self.calm, self.jitter, self.share, self.most_at_once = calm, jitter, share, most_at_once
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
@@ -92,8 +102,9 @@ class FaultyTeacher(TeacherServer):
             def do_GET(self) -> None:
                 if self.path != "/stats":
                     return super().do_GET()
+                names = ("asked", "answered", "cut", "faults", "billed")
                 with teacher.lock:
-                    stats = {name: dict(getattr(teacher, name)) for name in ("asked", "answered", "cut", "faults")}
+                    stats = {name: dict(getattr(teacher, name)) for name in names}
                 self._send(200, stats)
 
             def _answer(self, body, messages):
@@ -123,8 +134,14 @@ class FaultyTeacher(TeacherServer):
                 data = json.dumps({
                     "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
                     "choices": [choice := lasting(body, teacher.share)],
-                    "usage": usage(body, choice["message"]["content"] or choice["message"].get("refusal") or ""),
+                    "usage": (used := most_usage(body) if teacher.dear else usage(
+                        body, choice["message"]["content"] or choice["message"].get("refusal") or ""
+                    )),
                 }).encode()
+                if fault in {None, "closed", "cut off", "cut body", "html"}:
+                    # A provider charges for what it made, whether it arrives or not.
+                    with teacher.lock:
+                        teacher.billed.update({name: used[name] for name in ("prompt_tokens", "completion_tokens")})
                 if fault == "closed":
                     self.close_connection = True
                 elif fault == "429 told":
@@ -175,8 +192,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--faults", action="store_true", help="faults on the way, and latency")
     parser.add_argument("--jitter", action="store_true", help="only latency")
+    parser.add_argument("--dear", action="store_true", help="charge the most that a request can cost")
     given = parser.parse_args()
-    server = FaultyTeacher(calm=not given.faults, jitter=given.jitter or given.faults)
+    server = FaultyTeacher(calm=not given.faults, jitter=given.jitter or given.faults, dear=given.dear)
     sys.stdout.write(f"{server.url}\n")
     sys.stdout.flush()
     with server:

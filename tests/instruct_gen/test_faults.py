@@ -166,6 +166,29 @@ def test_a_faulty_endpoint_and_five_deaths_lose_nothing_and_pay_nothing_twice(ca
     assert wasted < 1.35, f"{wasted:.2f} calls per answer"
 
 
+def test_the_bill_stays_within_max_usd_with_64_calls_in_flight_and_through_deaths(captions, tmp_path):
+    """The endpoint charges the most for each call, also for answers that are lost or whose caller is dead."""
+    limit, rng = 0.8, random.Random()
+
+    def billed_usd() -> float:
+        tokens = stats(url)["billed"]
+        return (tokens.get("prompt_tokens", 0) * 1.0 + tokens.get("completion_tokens", 0) * 4.0) / 1e6
+
+    with serving("--faults", "--dear") as url:
+        whole = command(captions, tmp_path / "out", url, "--concurrency", "64", "--max-usd", str(limit))
+        for share in (0.2, 0.4, 0.6):
+            process = subprocess.Popen(whole, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=ROOT)
+            while process.poll() is None and billed_usd() < share * limit:
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.05)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        last = subprocess.run(whole, capture_output=True, text=True, cwd=ROOT)
+        time.sleep(0.3)
+        assert "stopped by --max-usd" in last.stderr
+        assert 0.7 * limit < billed_usd() <= limit
+
+
 @pytest.mark.parametrize("concurrency", [8, 64])
 def test_the_same_bytes_with_any_concurrency(captions, calm, tmp_path, concurrency):
     with serving("--jitter") as url:

@@ -61,7 +61,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="pairs in a shard (default: 1000)")
     parser.add_argument("--image-format", choices=("png", "jpg"), default="png", help="of pairs (default: png)")
     parser.add_argument(
-        "--domain", choices=DOMAINS, default="histopathology", help="of medical-narratives (default: histopathology)"
+        "--domain", choices=DOMAINS, default="histopathology",
+        help="of medical-narratives, for videos whose domain narrate did not tell (default: histopathology)",
     )
     parser.add_argument("--dataset-id", default="medllava", help="of localized-narratives (default: medllava)")
 
@@ -120,9 +121,8 @@ def _write_narratives(narrated: Narrated, args: argparse.Namespace) -> int:
             )
             caption = caption.model_copy(update={"phrases": phrases})
             video = narrated.videos.get(narrative.video)
-            yield {"index": number} | medical_narrative(
-                narrative, caption, video, by_video[narrative.video], args.domain
-            )
+            domain = video.domain if video is not None and video.domain else args.domain
+            yield {"index": number} | medical_narrative(narrative, caption, video, by_video[narrative.video], domain)
 
     count = write_records(args.out, rows())
     utterances = [utterance for narrative in spoken for utterance in narrative.utterances]

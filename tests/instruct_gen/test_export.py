@@ -104,6 +104,12 @@ def test_medical_narratives(narrated, tmp_path):
     assert box == {
         "text": "And mucin.", "box": [0.25, 0.5, 0.5, 0.8], "confidence": 0.6, "start_time": 2.0, "end_time": 3.0,
     }
+    seen = Video(name="talk.v2.mp4", width=160, height=120, fps=25, duration_s=20, domain="MRI")
+    for name in ("narratives.jsonl", "captions.jsonl"):
+        (tmp_path / name).write_bytes((narrated / name).read_bytes())
+    write_records(tmp_path / "videos.jsonl", [seen])
+    assert export(tmp_path, "medical-narratives", out, "--domain", "CT") == 0
+    assert [row["domains"] for _, row in read_rows(out)] == ["['MRI']"] * 2
     assert export(narrated, "medical-narratives", out, "--min-confidence", 0.7) == 0
     assert [row["boxes"] for _, row in read_rows(out)] == [[], []]
 

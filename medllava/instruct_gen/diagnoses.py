@@ -89,7 +89,7 @@ def named_in(text: str, names: Iterable[str]) -> str | None:
     keys = {_key(name) for name in wanted if not _is_short(name)}
     for word in re.findall(r"\b[A-Za-z]{2,6}\b", text):
         if word in short or (word.endswith("s") and word[:-1] in short):
-            return word
+            return str(word)
     longest = max((len(name.split()) for name in wanted), default=0) + 1
     words = normalised(text).split()
     for at in range(len(words)):

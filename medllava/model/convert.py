@@ -22,7 +22,7 @@ import torch
 
 from medllava.errors import CheckpointError
 from medllava.jsonl import read_json
-from medllava.model import checkpoint
+from medllava.model import checkpoint, manifest
 from medllava.model.pixels import square_padding
 from medllava.model.prompt import TEMPLATES
 
@@ -76,7 +76,7 @@ def convert(
     checkpoint.save_full(target, model, processor, chat_format=chat_format)
     written = _hashes(_stored(target))
     if written != _hashes(model.state_dict().items()):
-        (target / checkpoint.manifests.FILE).unlink()
+        (target / manifest.FILE).unlink()
         raise CheckpointError(f"{target}: what was read back differs from what was written; the disk may be faulty")
     checkpoint.describe(target)
 
@@ -365,7 +365,7 @@ def _hashes(tensors: Iterable[tuple[str, torch.Tensor]]) -> Counter[str]:
     """What the tensors hold, whatever they are called: the names in a file are those of another layer of the model."""
     found: Counter[str] = Counter()
     for _, tensor in tensors:
-        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         found[f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(data).hexdigest()}"] += 1
     return found
 

@@ -8,19 +8,20 @@ A folder is one of:
 - ``lora``       a PEFT adapter (``adapter_config.json``, ``adapter_model.safetensors``), the projector that was trained
                  with it, the processor and ``medllava.json``.
 
-Which one is read from the files; the folder's name means nothing.
+The latter two also hold ``vision_tower.safetensors`` if layers of the tower were trained. Which kind it is is read from
+the files; the folder's name means nothing. All that can be told from files' headers is told before weights are read.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ from typing import Any
 import torch
 
 from medllava.errors import CheckpointError, MissingExtraError
-from medllava.jsonl import read_json
+from medllava.jsonl import read_json, write_json
+from medllava.model import card
 from medllava.model import manifest as manifests
 from medllava.model.manifest import Manifest
 from medllava.model.pixels import image_side, padding_of
@@ -38,6 +40,9 @@ from medllava.model.prompt import TEMPLATES
 log = logging.getLogger(__name__)
 
 PROJECTOR_FILE = "projector.safetensors"
+TOWER_FILE = "vision_tower.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""Any of these holds a tokenizer's vocabulary."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -51,6 +56,8 @@ class Loaded:
     manifest: Manifest
     base: str | None
     """The full model that a projector or LoRA folder stands on: a path or a hub id."""
+    tower: tuple[str, ...] = ()
+    """Tensors of the vision tower that are not the base's, as named in ``vision_tower.safetensors``."""
 
     @property
     def tokenizer(self) -> Any:
@@ -81,7 +88,9 @@ def describe(path: Path) -> Manifest:
         "projector": (PROJECTOR_FILE,),
         "lora": (*ADAPTER_FILES, PROJECTOR_FILE),
     }[manifest.kind]
-    for name in (*needed, "processor_config.json"):
+    if manifest.tower_trained:
+        needed += (TOWER_FILE,)
+    for name in (*needed, "processor_config.json", "tokenizer_config.json"):
         if not (path / name).is_file():
             raise CheckpointError(
                 f"{path}: {name} is missing; a {manifest.kind} checkpoint cannot be used without it (copy the whole"
@@ -91,7 +100,26 @@ def describe(path: Path) -> Manifest:
         _check_hugging_face(path)
     elif manifest.base is None:
         raise CheckpointError(f"{path / manifests.FILE}: a {manifest.kind} checkpoint must name its base")
+    _check_tokenizer(path)
     return manifest
+
+
+def verify(path: Path) -> tuple[Manifest, Any, str | Path]:
+    """Everything that can be told before weights are read: files there and whole, shapes that fit the base, a tokenizer
+    and processor that open, generation settings that can be saved again.
+
+    Returns (manifest, processor, the full model's folder or hub id). Raises CheckpointError.
+    """
+    manifest = describe(path)
+    processor = _load_processor(path)
+    base = path if manifest.kind == "full" else resolve_base(path, manifest)
+    if isinstance(base, Path):
+        if base != path:
+            _check_hugging_face(base)
+        _check_generation_config(base)
+    if manifest.kind != "full":
+        _check_parts(path, manifest, base)
+    return manifest, processor, base
 
 
 def load(
@@ -112,24 +140,35 @@ def load(
     Raises CheckpointError (incomplete, damaged or misfitting folder) or MissingExtraError (bitsandbytes).
     """
     folder = Path(path)
-    manifest = describe(folder)
     place = device or best_device()
     kind = _dtype(dtype, place)
+    manifest, processor, base = verify(folder)
     quantization = _quantization(kind, load_4bit=load_4bit, load_8bit=load_8bit)
-    if manifest.kind == "full":
-        model = _load_full(folder, None, place, kind, quantization)
-        return Loaded(model.eval(), _load_processor(folder), manifest, None)
-
-    base = resolve_base(folder, manifest)
-    projector = read_tensors(folder / PROJECTOR_FILE)
-    _check_projector_fits(folder, projector, base)
     model = _load_full(base, manifest.revision, place, kind, quantization)
-    _assign(model.model.multi_modal_projector, projector, folder / PROJECTOR_FILE)
+    if manifest.kind == "full":
+        return Loaded(model.eval(), processor, manifest, None)
+    _assign(model.model.multi_modal_projector, read_tensors(folder / PROJECTOR_FILE), folder / PROJECTOR_FILE)
+    tower: dict[str, torch.Tensor] = {}
+    if manifest.tower_trained:
+        tower = read_tensors(folder / TOWER_FILE)
+        _assign(model.model.vision_tower, tower, folder / TOWER_FILE, partly=True)
     if manifest.kind == "lora":
         model = _with_adapter(model, folder)
         if merge and quantization is None:
             model = model.merge_and_unload()
-    return Loaded(model.eval(), _load_processor(folder), manifest, str(base))
+    return Loaded(model.eval(), processor, manifest, str(base), tuple(tower))
+
+
+def skeleton(base: str | Path, revision: str | None = None) -> Any:
+    """The full model without weights (on the device ``meta``): its names and shapes, in no time and memory."""
+    from transformers import AutoConfig, LlavaForConditionalGeneration
+
+    try:
+        config = AutoConfig.from_pretrained(base, revision=revision or "main")
+        with torch.device("meta"):
+            return LlavaForConditionalGeneration(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{base}: its config.json cannot be used: {_first_line(error)}") from error
 
 
 def best_device() -> str:
@@ -142,35 +181,42 @@ def save_full(path: Path, model: Any, processor: Any, *, chat_format: str, **fac
     """Write a stock Hugging Face folder with its manifest. ``facts``: further fields of the manifest."""
 
     def write(folder: Path) -> None:
-        normalise_generation_config(model)
+        normalise_generation_config(getattr(model, "generation_config", None))
         model.save_pretrained(folder)
 
     _save(path, write, processor, kind="full", chat_format=chat_format, **facts)
 
 
-def save_projector(path: Path, model: Any, processor: Any, *, base: str | Path, chat_format: str, **facts: Any) -> None:
-    """Write the projector alone; ``base`` is the full checkpoint (folder or hub id) that holds the rest."""
+def save_projector(
+    path: Path, model: Any, processor: Any, *, base: str | Path, chat_format: str, tower: Collection[str] = (),
+    **facts: Any,
+) -> None:
+    """Write the projector, and the tensors of the vision tower that are named in ``tower``; ``base`` is the full
+    checkpoint (folder or hub id) that holds the rest."""
 
     def write(folder: Path) -> None:
-        _write_projector(folder, model)
+        _write_projector(folder, model, tower)
 
-    facts["base"] = base_reference(base, path)
+    facts |= {"base": base_reference(base, path), "tower_trained": bool(tower)}
     _save(path, write, processor, kind="projector", chat_format=chat_format, **facts)
 
 
-def save_lora(path: Path, model: Any, processor: Any, *, base: str | Path, chat_format: str, **facts: Any) -> None:
-    """Write the adapters of a PeftModel together with the projector."""
+def save_lora(
+    path: Path, model: Any, processor: Any, *, base: str | Path, chat_format: str, tower: Collection[str] = (),
+    **facts: Any,
+) -> None:
+    """Write the adapters of a PeftModel together with what :func:`save_projector` writes."""
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         # PEFT writes the absolute path that the base had during training, which is wrong anywhere else.
         config = read_json(folder / ADAPTER_FILES[0])
         config["base_model_name_or_path"] = base_reference(base, path)
-        (folder / ADAPTER_FILES[0]).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        write_json(folder / ADAPTER_FILES[0], config)
         (folder / "README.md").unlink(missing_ok=True)
-        _write_projector(folder, model.get_base_model())
+        _write_projector(folder, model.get_base_model(), tower)
 
-    facts["base"] = base_reference(base, path)
+    facts |= {"base": base_reference(base, path), "tower_trained": bool(tower)}
     _save(path, write, processor, kind="lora", chat_format=chat_format, **facts)
 
 
@@ -196,12 +242,41 @@ def resolve_base(folder: Path, manifest: Manifest) -> str | Path:
     return found
 
 
-def normalise_generation_config(model: Any) -> None:
-    """Drop sampling values from a greedy generation config: transformers refuses to save the mixture (Vicuna ships
-    it), and would do so only when training is over."""
-    config = getattr(model, "generation_config", None)
-    if config is not None and not config.do_sample:
-        config.temperature = config.top_p = config.top_k = None
+def normalise_generation_config(config: Any) -> None:
+    """Drop sampling values from a greedy generation config, and values of beam search from one without beams:
+    transformers refuses to save the mixture (Vicuna ships it), and would do so only when training is over."""
+    if config is None:
+        return
+    if not config.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            if hasattr(config, name):
+                setattr(config, name, None)
+    if config.num_beams in (None, 1):
+        config.early_stopping = config.length_penalty = None
+
+
+def prove(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
+    """Read a checkpoint back and compare every trained weight (named as in the model that was saved) bit by bit.
+
+    Raises CheckpointError that names the first tensor that is not what was saved.
+    """
+    manifest, _, _ = verify(folder)
+    if manifest.kind == "full":
+        found = dict(load(folder, device="cpu", dtype="float32").model.named_parameters())
+    else:
+        found = {f"model.multi_modal_projector.{k}": v for k, v in read_tensors(folder / PROJECTOR_FILE).items()}
+        if manifest.tower_trained:
+            found |= {f"model.vision_tower.{k}": v for k, v in read_tensors(folder / TOWER_FILE).items()}
+        if manifest.kind == "lora":
+            found |= {
+                re.sub(r"\.(lora_[AB])\.", r".\1.default.", name.removeprefix("base_model.model.")): tensor
+                for name, tensor in read_tensors(folder / ADAPTER_FILES[1]).items()
+            }
+    for name, value in trained.items():
+        if name not in found:
+            raise CheckpointError(f"{folder}: the trained weight {name} is not in the checkpoint that was written")
+        if not torch.equal(found[name].float(), value.detach().cpu().float()):
+            raise CheckpointError(f"{folder}: {name} was written, but is not the same when read back")
 
 
 @contextmanager
@@ -229,8 +304,7 @@ def write_folder(path: Path, write: Callable[[Path], None], last: tuple[str, ...
         mask = _umask()
         for file in temporary.iterdir():
             file.chmod(0o666 & ~mask)  # the libraries leave weights readable by their owner alone
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+        sync_folder(temporary)
         if not path.exists():
             temporary.chmod(0o777 & ~mask)
             temporary.replace(path)
@@ -241,6 +315,16 @@ def write_folder(path: Path, write: Callable[[Path], None], last: tuple[str, ...
             file.replace(path / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the folder's files, and the folder itself, are on the disk."""
+    for path in [*(file for file in folder.iterdir() if file.is_file()), folder]:
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 @contextmanager
@@ -262,14 +346,19 @@ def _umask() -> int:
     return mask
 
 
+def new_manifest(processor: Any, **facts: Any) -> Manifest:
+    """A manifest of what is in memory now."""
+    image_processor = processor.image_processor
+    return Manifest(
+        image_size=image_side(image_processor), padding=padding_of(image_processor),
+        versions=manifests.current_versions() | manifests.code_version(), created=manifests.now(), **facts,
+    )
+
+
 def _save(path: Path, write: Callable[[Path], None], processor: Any, **facts: Any) -> None:
     from transformers.utils import logging as transformers_logging
 
-    image_processor = processor.image_processor
-    manifest = Manifest(
-        image_size=image_side(image_processor), padding=padding_of(image_processor),
-        versions=manifests.current_versions(), created=manifests.now(), **facts,
-    )
+    manifest = new_manifest(processor, **facts)
     if manifest.chat_format in TEMPLATES:
         processor.chat_template = TEMPLATES[manifest.chat_format]
 
@@ -278,14 +367,19 @@ def _save(path: Path, write: Callable[[Path], None], processor: Any, **facts: An
         write(folder)
         processor.save_pretrained(folder)
         manifests.write_manifest(folder, manifest)
+        (folder / card.FILE).write_text(card.model_card(manifest), encoding="utf-8")
 
     write_folder(path, write_all, last=("config.json", manifests.FILE))
 
 
-def _write_projector(folder: Path, model: Any) -> None:
+def _write_projector(folder: Path, model: Any, tower: Collection[str]) -> None:
     from safetensors.torch import save_file
 
     save_file(projector_state(model), folder / PROJECTOR_FILE, metadata={"format": "pt"})
+    if tower:
+        state = model.model.vision_tower.state_dict()
+        chosen = {name: state[name].detach().cpu().contiguous() for name in tower}
+        save_file(chosen, folder / TOWER_FILE, metadata={"format": "pt"})
 
 
 def _dtype(name: str | None, device: str) -> torch.dtype:
@@ -351,7 +445,7 @@ def _load_full(source: str | Path, revision: str | None, device: str, dtype: tor
     faults += [f"unexpected {name}" for name in sorted(report["unexpected_keys"])]
     faults += [f"mis-shaped {_mismatch(entry)}" for entry in report["mismatched_keys"]]
     refuse(str(source), faults)
-    normalise_generation_config(model)
+    normalise_generation_config(model.generation_config)
     return model if quantization else model.to(device)
 
 
@@ -382,8 +476,6 @@ def _load_processor(folder: Path) -> Any:
 
 def _check_hugging_face(folder: Path) -> None:
     """Config and every weight file there and whole, before anything is loaded."""
-    from safetensors import SafetensorError, safe_open
-
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise CheckpointError(
@@ -393,15 +485,63 @@ def _check_hugging_face(folder: Path) -> None:
     if kind != "llava":
         raise CheckpointError(f"{config_file}: model_type is {kind!r}, expected 'llava'")
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    for name in names:
+    weight_map = read_json(index)["weight_map"] if index.is_file() else {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in sorted(set(weight_map.values())) or ["model.safetensors"]:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: weight file {name} is missing")
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / name}: damaged or cut off ({_first_line(error)})") from error
+        shapes |= read_shapes(folder / name)
+    refuse(str(index), [f"missing {name}" for name in sorted(weight_map.keys() - shapes.keys())])
+    _check_widths(folder, read_json(config_file), shapes)
+    _check_tokenizer(folder)
+
+
+def _check_widths(folder: Path, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The tensors where the parts meet, by the end of their names: versions of transformers differ in the beginning."""
+    vision, text = (config.get(part, {}).get("hidden_size") for part in ("vision_config", "text_config"))
+    vocabulary = config.get("text_config", {}).get("vocab_size")
+    layers = config.get("vision_feature_layer", -2)
+    width = vision * len(layers) if vision and isinstance(layers, list) else vision
+    expected = {
+        "multi_modal_projector.linear_1.weight": (text, width), "multi_modal_projector.linear_2.weight": (text, text),
+        "language_model.model.embed_tokens.weight": (vocabulary, text),
+    }
+    for name, found in shapes.items():
+        wanted = next((shape for end, shape in expected.items() if name.endswith(end)), None)
+        if wanted and None not in wanted and found != wanted:
+            refuse(str(folder), [f"mis-shaped {name} (file {found}, config.json {wanted})"])
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"{folder}: it has no tokenizer; looked for {', '.join(TOKENIZER_FILES)}")
+
+
+def _check_generation_config(folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+        normalise_generation_config(config)
+        config.validate(strict=True)
+    except (ValueError, TypeError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: a model with these settings cannot be saved again ({_first_line(error)}); correct or remove it"
+        ) from error
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a file's tensors, from its header. Raises CheckpointError if the file is cut off or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or cut off ({_first_line(error)})") from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -414,51 +554,82 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: damaged or cut off ({_first_line(error)})") from error
 
 
-def _check_projector_fits(folder: Path, projector: dict[str, torch.Tensor], base: str | Path) -> None:
-    """Compare widths with the base's config, so that a misfit is told before gigabytes are read."""
-    if not isinstance(base, Path):
-        return
-    _check_hugging_face(base)
-    config = read_json(base / "config.json")
-    vision, text = (config[part].get("hidden_size") for part in ("vision_config", "text_config"))
-    layers = config.get("vision_feature_layer", -2)
-    width = vision * len(layers) if vision and isinstance(layers, list) else vision
+def _check_parts(folder: Path, manifest: Manifest, base: str | Path) -> None:
+    """Compare the headers of a projector or LoRA folder's files with the base, so that a misfit is told before
+    gigabytes are read."""
+    projector = read_shapes(folder / PROJECTOR_FILE)
+    model = skeleton(base, manifest.revision)
+    own = _shapes(model.model.multi_modal_projector.state_dict())
     weight = projector.get("linear_1.weight")
-    if weight is not None and width and text and tuple(weight.shape) != (text, width):
+    if weight is not None and weight != own["linear_1.weight"]:
         raise CheckpointError(
-            f"{folder / PROJECTOR_FILE}: it maps {weight.shape[1]} -> {weight.shape[0]} features, but its base {base}"
-            f" needs {width} -> {text}; it belongs to another base"
+            f"{folder / PROJECTOR_FILE}: it maps {weight[1]} -> {weight[0]} features, but its base {base}"
+            f" needs {own['linear_1.weight'][1]} -> {own['linear_1.weight'][0]}; mis-shaped linear_1.weight (file"
+            f" {weight}, model {own['linear_1.weight']}): it belongs to another base"
         )
+    refuse(str(folder / PROJECTOR_FILE), misfits(own, projector))
+    if manifest.tower_trained:
+        tower = read_shapes(folder / TOWER_FILE)
+        every = _shapes(model.model.vision_tower.state_dict())
+        refuse(str(folder / TOWER_FILE), misfits({k: v for k, v in every.items() if k in tower}, tower))
+    if manifest.kind == "lora":
+        found = read_shapes(folder / ADAPTER_FILES[1])
+        from peft import get_peft_model_state_dict
+
+        expected = _shapes(get_peft_model_state_dict(_adapted(model, folder)))
+        refuse(str(folder / ADAPTER_FILES[1]), misfits(expected, found))
 
 
-def _assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> None:
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: Path, *, partly: bool = False) -> None:
     own = module.state_dict()
-    refuse(str(source), differences(own, tensors))
+    expected = {name: tensor for name, tensor in own.items() if name in tensors} if partly else own
+    refuse(str(source), differences(expected, tensors))
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     tensors = read_tensors(folder / ADAPTER_FILES[1])
-    config = LoraConfig.from_pretrained(str(folder))
-    config.base_model_name_or_path = model.name_or_path
-    with quiet_peft():
-        wrapped = get_peft_model(model, config)
-    refuse(str(folder / ADAPTER_FILES[1]), differences(get_peft_model_state_dict(wrapped), tensors))
+    wrapped = _adapted(model, folder)
+    expected = get_peft_model_state_dict(wrapped)
+    refuse(str(folder / ADAPTER_FILES[1]), differences(expected, tensors))
     set_peft_model_state_dict(wrapped, tensors)
     return wrapped
 
 
-def differences(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
+def _adapted(model: Any, folder: Path) -> Any:
+    """The model with adapters as the folder's ``adapter_config.json`` says, not yet with their weights."""
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        config.base_model_name_or_path = model.name_or_path
+        with quiet_peft():
+            return get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / ADAPTER_FILES[0]}: cannot be used: {_first_line(error)}") from error
+
+
+def differences(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:
+    """Tensors that are missing, unexpected or mis-shaped, by name."""
+    return misfits(_shapes(expected), _shapes(found))
+
+
+def misfits(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """:func:`differences`, given the shapes."""
     faults = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
     faults += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
     faults += [
-        f"mis-shaped {name} (file {tuple(found[name].shape)}, model {tuple(expected[name].shape)})"
+        f"mis-shaped {name} (file {found[name]}, model {expected[name]})"
         for name in sorted(expected.keys() & found.keys())
-        if found[name].shape != expected[name].shape
+        if found[name] != expected[name]
     ]
     return faults
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +38,9 @@ class Manifest(BaseModel):
     image_size: side of the model's input, pixels. padding: ``square`` pads the picture to a square first.
     single_exchange: the model was trained on questions without a history, so earlier turns stay out of its prompts.
     training_mpp: micrometres per pixel of the training images, if known.
-    data_sha256, recipe, versions: what the weights were made from.
+    tower_trained: a projector or LoRA folder that also holds layers of the vision tower.
+    data_sha256, recipe, versions: what the weights were made from. figures: step, losses and the like when they were
+        written, where known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -50,9 +54,11 @@ class Manifest(BaseModel):
     single_exchange: bool = False
     training_mpp: float | None = None
     box_format: str = "[x1, y1, x2, y2], 0..1 of the original image"
+    tower_trained: bool = False
     data_sha256: str | None = None
     recipe: dict[str, Any] = {}
     versions: dict[str, str] = {}
+    figures: dict[str, float] = {}
     created: str = ""
 
 
@@ -80,6 +86,24 @@ def current_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def code_version() -> dict[str, str]:
+    """The git commit of this code, marked if files differ from it; empty if it does not run from a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return {}
+
+    def git(*words: str) -> str:
+        told = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)
+        return told.stdout.strip()
+
+    try:
+        modified = "-modified" if git("status", "--porcelain", "-uno") else ""
+        return {"commit": git("rev-parse", "HEAD") + modified}
+    except (OSError, subprocess.SubprocessError):
+        return {}
 
 
 def now() -> str:

@@ -56,13 +56,15 @@ class _Stage(Recipe):
         which more threads slow down. Keys of several stages: ``kinds`` uses only samples of these kinds;
         ``kind_weights`` says how often a sample of a kind comes in an epoch (1 by default; 0 never; fractions take a
         different part each epoch); ``flip`` mirrors pictures at random, with the boxes and words of place in texts.
-    log_every, save_every: steps. A run goes on from its last save; it also saves when it is told to stop.
+    log_every, save_every: steps. A run goes on from its last save; it also saves when it is told to stop. keep: so many
+        of the newest saves stay, beside the one with the lowest validation loss.
     """
 
     seed: int = 0
     threads: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=10, ge=1)
     save_every: int = Field(default=200, ge=1)
+    keep: int = Field(default=2, ge=1)
 
 
 class Contrastive(Recipe):
@@ -141,7 +143,8 @@ class TuneRecipe(_Stage):
     length_grouping: samples of like length share a batch. cache_features: keep the frozen encoder's output in memory
         instead of computing it every time (``auto``: if it fits in ``cache_limit_gb``).
     precision: ``auto`` is bfloat16 on CUDA, else float32. Trained weights are always float32.
-    eval_every: steps between validation losses (``--eval-data``).
+    eval_every: steps between validations (``--eval-data``). eval_answers: of so many held-out samples the first
+        question is also answered, and compared with the sample's answer (0: none, which is faster).
     """
 
     stage: Literal["projector", "lora", "full"]
@@ -163,6 +166,7 @@ class TuneRecipe(_Stage):
     gradient_checkpointing: bool = False
     workers: int = Field(default=0, ge=0)
     eval_every: int = Field(default=200, ge=1)
+    eval_answers: int = Field(default=0, ge=0)
     training_mpp: float | None = None
 
 

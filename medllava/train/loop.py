@@ -2,7 +2,7 @@
 
 One step: the micro-batches' summed losses are divided by the number of supervised tokens of the whole step, so neither
 accumulation nor the number of processes changes what is learned. Everything that a step depends on is a function of
-the step's number or is in ``state.pt``, so a run that was killed goes on as if it had not been.
+the step's number or is in the state that a save holds, so a run that was killed goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,14 +25,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from medllava.errors import CheckpointError, MedllavaError
-from medllava.jsonl import atomic_write
-from medllava.model.checkpoint import full_disk_told
 from medllava.train.config import Optim
 from medllava.train.plots import LOG_FILE, Journal, plot_loss
+from medllava.train.saves import Saves
 
 log = logging.getLogger(__name__)
 
-STATE_FILE = "state.pt"
+ZERO_STEPS = 10
+"""So many steps in a row with a loss of exactly 0 are taken for a fault: nothing is learned."""
 STOPPED = 143
 """Exit code after SIGTERM, as shells report it."""
 
@@ -73,13 +75,16 @@ def schedule(optim: Optim, step: int, steps: int) -> float:
 
 def fit(
     *, name: str, module: nn.Module, groups: Sequence[Group], optim: Optim, steps: int, batches: Dataset[Any],
-    out: Path, pace: Pace, accelerator: Any, validate: Callable[[], float] | None = None, workers: int = 0,
-) -> float:
+    out: Path, saves: Saves, pace: Pace, accelerator: Any, validate: Callable[[], dict[str, float]] | None = None,
+    workers: int = 0,
+) -> dict[str, float]:
     """Train ``module``, which maps a micro-batch to its summed loss; item ``step`` of ``batches`` is a list of
-    micro-batches (each with ``weight``, ``ids`` and ``to``). Goes on from ``out/state.pt`` if it is there.
+    micro-batches (each with ``weight``, ``ids`` and ``to``). Goes on from the newest of ``saves`` if there is one.
 
-    Writes ``train_log.jsonl``, ``tensorboard/`` and ``loss.png`` into ``out``; returns the mean loss of the last logged
-    stretch. Raises MedllavaError when a loss or gradient is not finite, Stopped after SIGTERM.
+    validate: figures on held-out samples, ``eval_loss`` among them; the step with the lowest is saved and kept.
+    Writes ``train_log.jsonl``, ``tensorboard/`` and ``loss.png`` into ``out``; returns the last logged loss and figures
+    of ``validate``. Raises MedllavaError when a loss or gradient is not finite, or the loss stays 0; Stopped
+    after SIGTERM.
     """
     out.mkdir(parents=True, exist_ok=True)
     parameters = {key: value for group in groups for key, value in group.parameters.items()}
@@ -89,14 +94,15 @@ def fit(
     )
     rates = [group.learning_rate for group in groups]
     torch.manual_seed(pace.seed)
-    start = _restore(out / STATE_FILE, parameters, optimizer)
+    start = saves.restore(lambda file: _restore(file, parameters, optimizer))
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     wrapped.train()
     device = accelerator.device
     main = accelerator.is_main_process
-    state_file = out / STATE_FILE
     losses: list[float] = []
-    tokens = samples = 0
+    figures: dict[str, float] = {"step": start}
+    tokens = samples = zeros = 0
+    best = False
     since = time.perf_counter()
     loader = _load(batches, start, steps, workers)
     with (
@@ -116,6 +122,12 @@ def fit(
                     f"{name}: the {what} is not finite at step {step + 1}; the samples of this step: {ids}. Look at"
                     " them, or lower the learning rate; the last saved state is untouched"
                 )
+            zeros = zeros + 1 if loss == 0 else 0
+            if zeros == ZERO_STEPS:
+                raise MedllavaError(
+                    f"{name}: the loss has been exactly 0 for {ZERO_STEPS} steps, up to step {step + 1}; nothing is"
+                    " learned: see what is supervised with 'medllava train preview'"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss)
@@ -123,29 +135,39 @@ def fit(
             samples += sum(len(batch.ids) for batch in micro) * accelerator.num_processes
             bar.update()
             done = step + 1
-            if done % pace.log_every == 0 or done == steps:
+            judge = bool(validate and pace.eval_every and (done % pace.eval_every == 0 or done == steps))
+            if judge or done % pace.log_every == 0 or done == steps:
                 seconds = time.perf_counter() - since
                 row: dict[str, Any] = {
                     "step": done, "loss": sum(losses) / len(losses), "grad_norm": norm, "seconds": round(seconds, 3),
                     "supervised_tokens": tokens, "samples": samples,
                     "lr": {group.name: rate * factor for group, rate in zip(groups, rates, strict=True)},
                 }
-                if validate and pace.eval_every and (done % pace.eval_every == 0 or done == steps):
-                    row["eval_loss"] = validate()
+                figures["loss"] = row["loss"]
+                if validate and judge:
+                    judged = validate()
                     wrapped.train()
+                    row |= judged
+                    figures |= judged
+                    best = saves.is_best(judged["eval_loss"])
                 if main:
                     journal.add(row)
                     bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
-                final = row["loss"]
                 losses, tokens, samples, since = [], 0, 0, time.perf_counter()
-            if told.stop or (done % pace.save_every == 0 and done < steps):
+            figures["step"] = done
+            if done < steps and (told.stop or best or done % pace.save_every == 0):
+                before = time.perf_counter()
                 if main:
-                    _save(state_file, done, parameters, optimizer)
-                if told.stop:
-                    raise Stopped(f"{name}: told to stop; saved at step {done}; run again with --resume to go on")
+                    saves.save(done, partial(_save, done, parameters, optimizer), figures)
+                since += time.perf_counter() - before  # the pace that is logged is that of the steps alone
+            if best:
+                saves.mark_best(done, figures["eval_loss"])
+                best = False
+            if told.stop and done < steps:
+                raise Stopped(f"{name}: told to stop; saved at step {done}; run again with --resume to go on")
     if main:
         plot_loss(out / LOG_FILE, out / "loss.png", name)
-    return final if start < steps else math.nan
+    return figures
 
 
 def _step(wrapped: Any, micro: Sequence[Any], accelerator: Any, device: torch.device) -> tuple[float, int]:
@@ -183,8 +205,8 @@ def _load(batches: Dataset[Any], start: int, steps: int, workers: int) -> Any:
     return DataLoader(rest, batch_size=None, num_workers=workers, prefetch_factor=4)
 
 
-def _save(path: Path, step: int, parameters: dict[str, nn.Parameter], optimizer: Any) -> None:
-    """Trained weights, optimizer and random state after ``step`` steps: whole or not at all."""
+def _save(step: int, parameters: dict[str, nn.Parameter], optimizer: Any, path: Path) -> None:
+    """Trained weights, optimizer and random state after ``step`` steps."""
     state = {
         "step": step,
         "weights": {name: parameter.detach().cpu() for name, parameter in parameters.items()},
@@ -192,20 +214,17 @@ def _save(path: Path, step: int, parameters: dict[str, nn.Parameter], optimizer:
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    with full_disk_told(path), atomic_write(path, "wb") as file:
-        torch.save(state, file)
+    torch.save(state, path)
 
 
 def _restore(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """The step to go on from; 0 if there is no saved state."""
-    if not path.is_file():
-        return 0
+    """The step to go on from."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["weights"].keys() != parameters.keys():
             raise CheckpointError(f"{path}: it was saved with other trained weights; remove it to start anew")
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError, EOFError) as error:
+    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
         raise CheckpointError(f"{path}: cannot be resumed from ({error}); remove it to start anew") from error
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -14,10 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from medllava.config import to_yaml
@@ -41,15 +44,18 @@ from medllava.train.dataset import (
     split_exchanges,
 )
 from medllava.train.forward import VisionLanguageLoss, vision_features
-from medllava.train.loop import STATE_FILE, Group, Pace, fit
+from medllava.train.loop import Group, Pace, fit
 from medllava.train.plots import LOG_FILE
+from medllava.train.saves import Figures, Saves
 from medllava.train.stages import Part, format_table, select
+from medllava.train.validation import answerable, check_held_out, exact_match, validation
 
 log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 FINISHED_FILE = "finished.json"
-_TINY = 20_000_000
+_BOOKKEEPING = ("log_every", "save_every", "keep", "eval_every", "eval_answers", "workers")
+"""Keys that may change when a run is gone on with: they decide what is written, not what is computed."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,7 @@ def _fit_all(
     group = Group(name, optim.learning_rate, trained)
     fit(
         name=name, module=module, groups=[group], optim=optim, steps=len(steps), batches=steps, out=out,
+        saves=Saves(out, keep=recipe.keep, main=accelerator.is_main_process),
         pace=Pace(recipe.seed, recipe.log_every, recipe.save_every), accelerator=accelerator,
     )
 
@@ -194,7 +201,7 @@ def _write_part(module: Any, file: Path) -> None:
     with checkpoint.full_disk_told(file):
         save_file({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}, temporary)
     temporary.replace(file)
-    (file.parent / STATE_FILE).unlink(missing_ok=True)
+    Saves(file.parent).clear()
 
 
 def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample], *, plan: bool) -> None:
@@ -235,19 +242,40 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         kind_weights(examples.samples, recipe.kind_weights),
     )
     steps = _steps(recipe.optim, order)
+    evaluation = _held_out(recipe, paths, samples, prompts)
     log.info("%s", _plan_text(recipe, model, table, examples, steps, half=half))
     if plan:
         return
+
+    # Stage 1's own format has no questions; its checkpoint is talked to in the format of its base.
+    facts = _facts(recipe, paths, training_mpp=recipe.training_mpp or source.training_mpp)
+    facts["single_exchange"] = recipe.split_exchanges
+    facts["chat_format"] = source.chat_format if chat_format == "plain" else chat_format
+    base = loaded.base or paths.init_from
+
+    def write(folder: Path, figures: Figures) -> None:
+        model.eval()
+        known = facts | {"figures": dict(figures)}
+        if recipe.stage == "projector":
+            checkpoint.save_projector(folder, model, processor, base=base, **known)
+        elif recipe.stage == "lora":
+            checkpoint.save_lora(folder, wrapped, processor, base=base, **known)
+        else:
+            checkpoint.save_full(folder, model, processor, **known)
+        module.train()
+
+    module = VisionLanguageLoss(model)
+    saves = Saves(paths.out, keep=recipe.keep, write=write, main=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        trained = {name: value for group in groups for name, value in group.parameters.items()}
+        saves.sweep()
+        saves.check_room(_saved_bytes(model, trained, recipe.stage), 3 * sum(4 * p.numel() for p in trained.values()))
+        saves.trial(lambda folder: checkpoint.prove(folder, trained))
     _begin(recipe, paths, table)
 
     pictures = Pictures(paths.images, processor.image_processor)
     names = list(dict.fromkeys(name for sample in examples.samples for name in sample.images))
-    evaluation = None
-    if paths.eval_data is not None:
-        judged = [s for s in read_samples(paths.eval_data) if recipe.kinds is None or s.kind in recipe.kinds]
-        check_images(judged, paths.images)
-        judged = split_exchanges(judged) if recipe.split_exchanges else judged
-        evaluation = Examples(judged, prompts, max_length=recipe.max_length)
+    if evaluation is not None:
         names = list(dict.fromkeys([*names, *(name for sample in evaluation.samples for name in sample.images)]))
     if _worth_caching(recipe, model, len(names), prompts.tokens_per_image):
         encode = _encoder(model, accelerator)
@@ -264,31 +292,30 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         examples, pictures, accumulate=recipe.optim.accumulate, flip_seed=recipe.seed if recipe.flip else None,
         rank=accelerator.process_index, processes=accelerator.num_processes, **share,
     )
-    module = VisionLanguageLoss(model)
     validate = None
     if evaluation is not None:
         see = micro_batches(evaluation, pictures, accumulate=1, flip_seed=None, **share)
-        validate = _validation(module, evaluation, see, recipe.optim.batch_size, accelerator.device)
-    loss = fit(
+        answers = None
+        if recipe.eval_answers:
+            asked = answerable(evaluation.samples, recipe.eval_answers)
+            described = checkpoint.new_manifest(processor, kind="full", **facts)
+            opened = checkpoint.Loaded(model, processor, described, None)
+            answers = partial(exact_match, opened, asked, paths.images, accelerator)
+        size, count = recipe.optim.batch_size, len(evaluation)
+        parts = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+        validate = validation(
+            model, lambda: chain.from_iterable(see(0, part) for part in parts), accelerator, answers
+        )
+    figures = fit(
         name=f"stage {recipe.stage}", module=module, groups=groups, optim=recipe.optim, steps=steps,
-        batches=Steps(order, steps, make), out=paths.out,
+        batches=Steps(order, steps, make), out=paths.out, saves=saves,
         pace=Pace(recipe.seed, recipe.log_every, recipe.save_every, recipe.eval_every), accelerator=accelerator,
         validate=validate, workers=recipe.workers,
     )
     if accelerator.is_main_process:
-        model.eval()
-        # Stage 1's own format has no questions; its checkpoint is talked to in the format of its base.
-        facts = _facts(recipe, paths, training_mpp=recipe.training_mpp or source.training_mpp)
-        facts["single_exchange"] = recipe.split_exchanges
-        facts["chat_format"] = source.chat_format if chat_format == "plain" else chat_format
-        base = loaded.base or paths.init_from
-        if recipe.stage == "projector":
-            checkpoint.save_projector(paths.out, model, processor, base=base, **facts)
-        elif recipe.stage == "lora":
-            checkpoint.save_lora(paths.out, wrapped, processor, base=base, **facts)
-        else:
-            checkpoint.save_full(paths.out, model, processor, **facts)
-        _finish(paths.out, started, {"stage": recipe.stage, "steps": steps, "loss": loss})
+        write(paths.out, figures)
+        saves.finish(steps)
+        _finish(paths.out, started, {"stage": recipe.stage, "steps": steps, **figures})
     accelerator.wait_for_everyone()
 
 
@@ -324,22 +351,29 @@ def _encoder(model: Any, accelerator: Any) -> Callable[[torch.Tensor], torch.Ten
     return encode
 
 
-def _validation(
-    module: torch.nn.Module, examples: Examples, make: Callable[[int, list[int]], Any], size: int, device: Any
-) -> Callable[[], float]:
-    """Mean loss per supervised token over all validation samples."""
+def _held_out(
+    recipe: TuneRecipe, paths: Paths, training: Sequence[InstructionSample], prompts: PromptBuilder
+) -> Examples | None:
+    """The validation samples, tokenized. Raises DataError if they are not held out, or a picture is missing."""
+    if paths.eval_data is None:
+        return None
+    samples = [s for s in read_samples(paths.eval_data) if recipe.kinds is None or s.kind in recipe.kinds]
+    if not samples:
+        raise ConfigError(f"{paths.eval_data}: no sample of kinds {', '.join(recipe.kinds or ())}")
+    if recipe.eval_answers and prompts.chat_format == "plain":
+        raise ConfigError("eval_answers needs a chat format with questions; 'plain' has none: set eval_answers to 0")
+    check_images(samples, paths.images)
+    check_held_out(training, samples, paths.images)
+    samples = split_exchanges(samples) if recipe.split_exchanges else samples
+    return Examples(samples, prompts, max_length=recipe.max_length)
 
-    @torch.no_grad()
-    def validate() -> float:
-        module.eval()
-        total = weight = 0.0
-        for start in range(0, len(examples), size):
-            for batch in make(0, list(range(start, min(start + size, len(examples))))):
-                total += float(module(batch.to(device)))
-                weight += batch.weight
-        return total / weight
 
-    return validate
+def _saved_bytes(model: Any, trained: dict[str, torch.nn.Parameter], stage: str) -> int:
+    """Size of a checkpoint's weights: all of them in stage ``full``, else only what trains and the projector."""
+    written = dict(model.model.multi_modal_projector.named_parameters(prefix="model.multi_modal_projector")) | trained
+    if stage == "full":
+        written |= dict(model.named_parameters())
+    return sum(value.numel() * value.element_size() for value in written.values())
 
 
 def _plan_text(
@@ -401,15 +435,30 @@ def _already_finished(recipe: FoundationRecipe | TuneRecipe, paths: Paths, *, re
     if not resume:
         raise ConfigError(f"{paths.out}: holds a run; add --resume to go on with it, or choose another --out")
     before, now = read_json(record)["identity"], _identity(recipe, paths)
-    if before != now:
-        changed = [key for key in now if before.get(key) != now[key]]
-        if "recipe" in changed:
-            old, new = before.get("recipe", {}), now["recipe"]
-            changed = [f"recipe key {key}" for key in new | old if old.get(key) != new.get(key)] + changed[1:]
+    old, new = _deciding(before.get("recipe", {}), recipe), _deciding(now["recipe"], recipe)
+    changed = [f"recipe key {key}" for key in sorted(new | old) if old.get(key) != new.get(key)]
+    changed += [key for key in now if key != "recipe" and before.get(key) != now[key]]
+    if changed:
         raise ConfigError(
             f"{paths.out}: holds a run with other settings ({', '.join(changed)}); choose another --out, or remove it"
         )
     return (paths.out / FINISHED_FILE).is_file()
+
+
+def _deciding(values: dict[str, Any], like: FoundationRecipe | TuneRecipe) -> dict[str, Any]:
+    """A recipe's values that decide what is computed, flat: ``optim.steps``. Keys that the recipe of an older run did
+    not have yet get their defaults."""
+    try:
+        values = type(like).model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        log.debug("the recipe of the run cannot be read by this version; its values are compared as they are")
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": each for inner, each in value.items()}
+        elif key not in _BOOKKEEPING:
+            flat[key] = value
+    return flat
 
 
 def _begin(recipe: FoundationRecipe | TuneRecipe, paths: Paths, table: Sequence[Part]) -> None:
@@ -418,8 +467,8 @@ def _begin(recipe: FoundationRecipe | TuneRecipe, paths: Paths, table: Sequence[
         return
     paths.out.mkdir(parents=True, exist_ok=True)
     if not (paths.out / RUN_FILE).is_file():
-        for stale in (STATE_FILE, LOG_FILE):
-            (paths.out / stale).unlink(missing_ok=True)
+        (paths.out / LOG_FILE).unlink(missing_ok=True)
+        Saves(paths.out).clear()
     with atomic_write(paths.out / "recipe.yaml") as file:
         file.write(to_yaml(recipe))
     write_json(paths.out / RUN_FILE, {
@@ -427,7 +476,7 @@ def _begin(recipe: FoundationRecipe | TuneRecipe, paths: Paths, table: Sequence[
         "paths": {name: str(value) for name, value in vars(paths).items() if value is not None},
         "identity": _identity(recipe, paths),
         "parts": [vars(part) for part in table],
-        "versions": manifest.current_versions(),
+        "versions": manifest.current_versions() | manifest.code_version(),
         "started": manifest.now(),
     })
 
@@ -435,7 +484,6 @@ def _begin(recipe: FoundationRecipe | TuneRecipe, paths: Paths, table: Sequence[
 def _finish(out: Path, started: float, facts: dict[str, Any]) -> None:
     """The completion marker, last of all."""
     write_json(out / FINISHED_FILE, facts | {"seconds": round(time.monotonic() - started, 1), "at": manifest.now()})
-    (out / STATE_FILE).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -53,6 +53,16 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for _, row in read_rows(out / "train_log.jsonl")]
 
 
+def held_out(data: Any, folder: Path) -> Path:
+    """Six samples on pictures that the training data do not hold."""
+    rows = [row for row in json.loads(data.file.read_text()) if row["kind"] == "grounding"][:6]
+    for number, row in enumerate(rows):
+        row["image"] = f"held-out-{number}.png"
+        Image.effect_noise((90, 70), 40 + number).convert("RGB").save(data.images / row["image"])
+    (folder / "held-out.json").write_text(json.dumps(rows))
+    return folder / "held-out.json"
+
+
 def adapters(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter_model.safetensors") | load_file(out / "projector.safetensors")
 
@@ -113,20 +123,41 @@ def test_full_stage_moves_language_model_and_named_tower_layers(data: Any, stage
     assert checkpoint.describe(tmp_path / "out").kind == "full"
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(data: Any, stage1: Path, tmp_path: Path) -> None:
-    settings = ["optim.steps=60", "lora.r=4", "lora.dropout=0.1", "save_every=10", "optim.batch_size=8"]
+KILL = """
+import os, signal, sys
+from medllava.train import loop
+from medllava.train.__main__ import main
+real, steps = loop._step, 0
+def step(*given, **named):
+    global steps
+    steps += 1
+    if steps == 14:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*given, **named)
+loop._step = step
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("stage", "more"), [
+    ("projector", ()), ("lora", ("lora.r=4", "lora.dropout=0.1")), ("full", ("tower_layers=1",)),
+])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    data: Any, stage1: Path, tmp_path: Path, stage: str, more: tuple[str, ...]
+) -> None:
+    settings = [f"stage={stage}", "optim.steps=20", "save_every=5", "optim.batch_size=8", "kinds=[grounding]", *more]
     assert train("stage2", data, tmp_path / "whole", stage1, *settings) == 0
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "medllava.train", *arguments("stage2", data, out, stage1, *settings), "--resume"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not (out / "state.pt").is_file() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "finished.json").exists()
+    (tmp_path / f".{out.name}.abcdefgh.part").mkdir()  # as a kill in the middle of a save leaves it
+    command = [sys.executable, "-c", KILL, *arguments("stage2", data, out, stage1, *settings)]
+    killed = subprocess.run(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -signal.SIGKILL
+    assert not (out / "medllava.json").exists()
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-000005", "step-000010"]
     assert main([*arguments("stage2", data, out, stage1, *settings), "--resume"]) == 0
     assert losses(out) == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
-    whole, resumed = adapters(tmp_path / "whole"), adapters(out)
+    assert not list(tmp_path.rglob("*.part"))
+    whole, resumed = weights(tmp_path / "whole"), weights(out)
     assert max(float((whole[name] - resumed[name]).abs().max()) for name in whole) < 1e-6
 
 
@@ -145,7 +176,7 @@ def test_sigterm_saves_and_a_resume_finishes(data: Any, stage1: Path, tmp_path: 
     monkeypatch.setattr(forward.VisionLanguageLoss, "forward", third_time_terminate)
     out = tmp_path / "out"
     assert train("stage2", data, out, stage1, *steps) == 143
-    assert torch.load(out / "state.pt", weights_only=True)["step"] == 3
+    assert torch.load(out / "step-000003" / "state.pt", weights_only=True)["step"] == 3
     with pytest.raises(ConfigError, match="add --resume"):
         train("stage2", data, out, stage1, *steps)
     with pytest.raises(ConfigError, match="other settings .*recipe key lora"):
@@ -222,11 +253,12 @@ def test_two_processes_learn_what_one_does(data: Any, stage1: Path, tmp_path: Pa
 
 
 def test_validation_loss_is_logged(data: Any, stage1: Path, tmp_path: Path) -> None:
-    extra = ["--eval-data", str(data.file), "eval_every=2", "optim.steps=4", "lora.r=2", "kinds=[grounding]"]
-    assert train("stage2", data, tmp_path / "out", stage1, *extra) == 0
+    extra = ["--eval-data", str(held_out(data, tmp_path)), "eval_every=2", "optim.steps=4", "lora.r=2"]
+    assert train("stage2", data, tmp_path / "out", stage1, *extra, "kinds=[grounding]", "eval_answers=3") == 0
     rows = [row for _, row in read_rows(tmp_path / "out" / "train_log.jsonl")]
     assert ["eval_loss" in row for row in rows] == [False, True, False, True]
     assert all(0 < row["eval_loss"] < 20 for row in rows if "eval_loss" in row)
+    assert all(0 <= row["eval_token_accuracy"] <= 1 and row["eval_answers"] == 3 for row in (rows[1], rows[3]))
     board = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]
     logged = [event.value for event in board.Scalars("eval_loss")]

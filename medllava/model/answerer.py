@@ -58,6 +58,9 @@ class Answerer:
             image_token=loaded.processor.image_token, template=loaded.processor.chat_template,
         )
         self._ends = _end_ids(loaded.model.generation_config, loaded.tokenizer)
+        end = self._prompts.end_token_id  # some bases end a turn with another token than a text
+        if end is not None and end not in self._ends:
+            self._ends.append(end)
         self._context = int(getattr(loaded.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
 
     @classmethod

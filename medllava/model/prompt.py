@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from medllava.conversation import IMAGE_TAG, Turn
 from medllava.errors import CheckpointError, ConfigError, DataError
 
@@ -99,8 +101,24 @@ class PromptBuilder:
         # SentencePiece models of the Llama family put a space in front of every stretch they are given.
         first = tokenizer.tokenize("a")
         self._space = bool(first) and first[0].startswith(_SPACE)
-        ends = sorted({str(token) for token in tokenizer.all_special_tokens} - {image_token}, key=len, reverse=True)
+        special = {str(token) for token in tokenizer.all_special_tokens}
+        special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        ends = sorted(special - {image_token}, key=len, reverse=True)
         self._end = re.compile(r"\s*(" + "|".join(re.escape(token) for token in ends) + ")") if ends else None
+        self._marks = chat_format == "template" and bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template))
+        self._parts = chat_format == "template" and self._takes_parts()
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The token that ends an answer in this format; None if there is none."""
+        if self.chat_format == "plain":
+            return None
+        try:
+            text, spans = self._chat([Turn(role="user", text="a"), Turn(role="assistant", text="b")], "end token")
+        except (ConfigError, DataError):
+            return None
+        end = self._end.search(text, spans[0][0], spans[0][1]) if self._end else None
+        return int(self.tokenizer.convert_tokens_to_ids(end[1])) if end else None
 
     def question(self, turns: Sequence[Turn]) -> list[int]:
         """Ids of the conversation so far, ending where the assistant is to speak. The last turn is the user's."""
@@ -145,39 +163,91 @@ class PromptBuilder:
         return text, [(len(head), len(text))]
 
     def _chat(self, turns: Sequence[Turn], where: str) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered conversation and the character ranges of its answers with their end tokens."""
+        """The rendered conversation and the character ranges of its answers with their end tokens.
+
+        Every answer must stand where the model will be asked for it: behind the very prompt that :meth:`question` makes
+        of the turns before it. Some templates write the last answer in another way than those before (Qwen3 puts an
+        empty thought in front of it); there, all are written as they are once another question has followed.
+        """
         if turns[0].role == "assistant":
             raise DataError(f"{where}: the first turn is the assistant's; a conversation starts with the user's")
-        spans: list[tuple[int, int]] = []
-        whole = self._render(turns, generation_prompt=False)
         for number, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            head = self._render(turns[:number], generation_prompt=True)
-            body = whole if number == len(turns) - 1 else self._render(turns[: number + 1], generation_prompt=False)
-            answer = turn.text.strip()
-            if not answer:
+            if turn.role == "assistant" and not turn.text.strip():
                 raise DataError(f"{where}: assistant turn {number} is empty")
-            at = body.find(answer, len(head))
-            if not body.startswith(head) or not whole.startswith(body) or body[len(head) : max(at, 0)].strip():
-                raise DataError(
-                    f"{where}: the chat template does not continue its own prompt at turn {number}, so the answer"
-                    " cannot be located; use a template that keeps earlier turns as they were"
-                )
-            end = self._end.match(body, at + len(answer)) if self._end else None
+        try:
+            whole, marks = self._marked(turns)
+            spans = self._locate(turns, whole, marks)
+            if isinstance(spans, int) and turns[-1].role == "assistant":
+                whole, marks = self._marked([*turns, Turn(role="user", text="And?")])
+                later = self._locate(turns, whole, marks)
+                if not isinstance(later, int):
+                    return whole[: later[-1][1]], later
+        except TemplateError as error:
+            raise DataError(f"{where}: the chat template refuses this conversation: {error}") from error
+        if isinstance(spans, int):
+            raise DataError(
+                f"{where}: the chat template does not continue its own prompt at turn {spans}, so the answer"
+                " cannot be located; use a template that keeps earlier turns as they were, or set chat_format to"
+                f" one of: {', '.join(TEMPLATES)}"
+            )
+        return whole, spans
+
+    def _locate(
+        self, turns: Sequence[Turn], whole: str, marks: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int]] | int:
+        """Ranges of the answers with their end tokens; or the number of a turn that is not where it is asked for.
+
+        marks: what the template itself marks as generated, if it marks every answer; a range then begins there.
+        """
+        answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+        marked = len(marks) == len(answers)
+        spans: list[tuple[int, int]] = []
+        for place, number in enumerate(answers):
+            head = self._render(turns[:number], generation_prompt=True)
+            answer = turns[number].text.strip()
+            start, limit = marks[place] if marked else (len(head), len(whole))
+            start = max(start, len(head))
+            at = whole.find(answer, start, limit)
+            between = whole[len(head) : start] if marked else whole[start : max(at, 0)]
+            if at < 0 or not whole.startswith(head) or between.strip():
+                return number
+            end = self._end.match(whole, at + len(answer)) if self._end else None
             if end is None:
                 raise ConfigError("the chat template puts no end token after answers; a model would not learn to stop")
-            spans.append((len(head), end.end()))
-        return whole, spans
+            spans.append((start, end.end()))
+        return spans
+
+    def _marked(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered conversation, and the ranges that a chat template with {% generation %} marks in it."""
+        if not self._marks:
+            return self._render(turns, generation_prompt=False), []
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, marks = render_jinja_template(
+            [self._messages(turns)], chat_template=self._template, return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        return str(texts[0]), [(int(start), int(end)) for start, end in marks[0]]
 
     def _render(self, turns: Sequence[Turn], *, generation_prompt: bool) -> str:
         if self.chat_format == "vicuna_v1":
             turns = [_image_first(turn) for turn in turns]
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         text: str = self.tokenizer.apply_chat_template(
-            messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
+            self._messages(turns), chat_template=self._template, tokenize=False,
+            add_generation_prompt=generation_prompt,
         )
         return text
+
+    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        return [{"role": turn.role, "content": _parts(turn.text) if self._parts else turn.text} for turn in turns]
+
+    def _takes_parts(self) -> bool:
+        """Whether the template reads a turn only as the list of parts that callers of OpenAI's kind send."""
+        self._parts = False
+        try:
+            return "probe" not in self._render([Turn(role="user", text="probe")], generation_prompt=False)
+        except (TemplateError, TypeError):
+            return True
 
     def _encode(
         self, text: str, spans: Sequence[tuple[int, int]] = (), where: str = "prompt"
@@ -234,6 +304,15 @@ class PromptBuilder:
 
     def _bos(self) -> str:
         return self.tokenizer.bos_token or ""
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """A turn's text as parts: the pictures' tags apart from what stands between them."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(IMAGE_TAG)):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
+    return parts
 
 
 def with_image_tag(turns: Sequence[Turn], images: int) -> list[Turn]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from PIL import Image
 
 from medllava.conversation import Turn
 from medllava.errors import DataError
+from medllava.model import answerer as answerer_module
 from medllava.model.answerer import Answerer
 
 PICTURES = [Image.effect_noise((50 + 25 * number, 90), 70).convert("RGB") for number in range(8)]
@@ -34,6 +35,33 @@ def test_a_batch_answers_as_one_by_one(answerer: Answerer) -> None:
     assert together == [answerer.answer(*question, max_new_tokens=20) for question in questions]
     assert len({completion.text for completion in together}) > 4
     assert answerer.answer_batch([]) == []
+
+
+def test_a_batch_of_long_and_short_histories_gives_the_same_tokens(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[int]] = []
+    real = answerer_module._Reply.add
+
+    def noted(self: Any, token: int, *, is_end: bool) -> None:
+        real(self, token, is_end=is_end)
+        if len(self.ids) == 32:
+            given.append(self.ids)
+
+    monkeypatch.setattr(answerer_module._Reply, "add", noted)
+    monkeypatch.setattr(answerer, "_ends", [])
+    said = Turn(role="assistant", text="In the upper left.")
+    questions: list[tuple[list[Image.Image], list[Turn]]] = []
+    for number in range(8):
+        history = [*ask("<image>\nWhere?" if number % 3 else "Well?"), said] * (number % 4)
+        pictures = PICTURES[: (number % 4) * bool(number % 3)]
+        questions.append((pictures, [*history, *ask("And its box?" + " Please." * (number % 5))]))
+    answerer.answer_batch(questions, max_new_tokens=32)
+    together, given[:] = list(given), []
+    for question in questions:
+        answerer.answer(*question, max_new_tokens=32)
+    assert sorted(len(pictures) for pictures, _ in questions) == [0, 0, 0, 0, 1, 1, 2, 3]
+    assert together == given
 
 
 def test_prompt_tokens_count_the_picture(answerer: Answerer) -> None:

@@ -186,6 +186,15 @@ def patch_weights(box: Box, size: tuple[int, int], grid: int) -> torch.Tensor:
     return shared / shared.sum()
 
 
+def info_nce(
+    logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, *, reduction: str = "mean"
+) -> torch.Tensor:
+    """Cross-entropy of each row of ``logits`` (rows, columns) against the columns of its own class (numbers of equal
+    captions), which share its probability. With distinct captions: InfoNCE (van den Oord et al. 2018)."""
+    equal = (rows[:, None] == columns[None, :]).float()
+    return functional.cross_entropy(logits, equal / equal.sum(1, keepdim=True), reduction=reduction)
+
+
 class ContrastiveLoss(nn.Module):
     """Caption loss and region loss of a batch, weighted as the recipe says. ``clip``: a CLIPModel; the temperature is
     learned, as in CLIP."""
@@ -210,9 +219,8 @@ class ContrastiveLoss(nn.Module):
         if captions > 1 and self._caption_weight:
             images = self.clip.visual_projection(seen.pooler_output[batch.caption_rows])
             logits = scale * functional.normalize(images, dim=-1) @ texts[:captions].T
-            equal = (batch.caption_classes[:, None] == batch.caption_classes[None, :]).float()
-            target = equal / equal.sum(1, keepdim=True)
-            both = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
+            classes = batch.caption_classes
+            both = info_nce(logits, classes, classes) + info_nce(logits.T, classes, classes)
             loss = loss + self._caption_weight * both / 2
         if len(batch.region_rows) and self._region_weight:
             patches = self.clip.vision_model.post_layernorm(seen.hidden_states[self._region_layer][:, 1:])

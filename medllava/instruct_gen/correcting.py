@@ -7,6 +7,7 @@ words were said.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -175,6 +176,8 @@ def refusal(said: str, wrong: str, right: str, vocabulary: Vocabulary) -> str | 
         return "not said"
     if not new or _strange(right):
         return "not a term"
+    if _doubled(_replaced(said, wrong, right)) > _doubled(said):
+        return "says a word twice"
     old, new = _core(old, new)
     if not old and not new:
         return "changes nothing"
@@ -250,6 +253,12 @@ def is_drawn_from(text: str, said: str, vocabulary: Vocabulary) -> bool:
 
 def _grounds(right: str, vocabulary: Vocabulary) -> str:
     return "sounds like it and is in the vocabulary" if right in vocabulary else "sounds like it"
+
+
+def _doubled(text: str) -> int:
+    """How often a word follows itself, as in "fat cells cells"."""
+    words = _words(text)
+    return sum(one == other for one, other in itertools.pairwise(words))
 
 
 def _words(text: str) -> list[str]:

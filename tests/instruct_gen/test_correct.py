@@ -122,7 +122,7 @@ def test_another_meaning_may_not_be_put_in(vocabulary, wrong, right):
         ("not", "nod", "changes a negation"), ("left", "lift", "changes a side"),
         ("benign", "begin", "changes a degree"),
         ("gland", "glance", "replaces a known term"), ("it is not a gland but ten glands", "gland", "more than a term"),
-        ("ordinary", "urinary tract", "does not sound like it"),
+        ("ordinary", "urinary tract", "does not sound like it"), ("ten", "ten glands", "says a word twice"),
     ],
 )
 def test_reasons(vocabulary, wrong, right, reason):

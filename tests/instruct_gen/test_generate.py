@@ -373,6 +373,19 @@ def test_dry_run_knows_the_prompt_tokens_exactly_where_nothing_depends_on_replie
     assert told["total"][2] == json.loads((out / "summary.json").read_text())["prompt_tokens"]
 
 
+def test_dry_run_counts_with_a_local_tokenizer(tmp_path, captions, teacher, capsys):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("e", "isolated")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    by_rule = told_by_dry_run(captions, tmp_path / "out", teacher, capsys)["caption"]
+    counted = told_by_dry_run(captions, tmp_path / "out", teacher, capsys, "--tokenizer", tmp_path)["caption"]
+    assert counted[1] == by_rule[1] and counted[2] != by_rule[2]
+    with pytest.raises(ConfigError, match=r"--tokenizer .*captions.jsonl: not a tokenizer"):
+        told_by_dry_run(captions, tmp_path / "out", teacher, capsys, "--tokenizer", captions)
+
+
 def test_max_usd_stops_before_it_is_exceeded(tmp_path, captions, teacher):
     price = ("usd_per_million.input=10", "usd_per_million.output=10", "sampling.max_tokens=64")
     with pytest.raises(ServiceError, match=r"stopped by --max-usd.*a run with a larger limit goes on"):

@@ -25,8 +25,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="medllava train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, required=True, help="recipe (YAML)")
-    parser.add_argument("--data", type=Path, required=True, help="training data (LLaVA JSON)")
-    parser.add_argument("--images", type=Path, required=True, help="folder that image paths in the data start from")
+    parser.add_argument("--data", type=Path, required=True, help="training data (LLaVA JSON; stage contrastive: also"
+                        " a folder of image-text pairs)")
+    parser.add_argument("--images", type=Path, help="folder that image paths in the data start from")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run and its checkpoint")
     parser.add_argument("--init-from", type=Path, help="checkpoint folder to start from (every stage but foundation)")
     parser.add_argument("--eval-data", type=Path, help="validation data (LLaVA JSON, same image folder)")
@@ -42,14 +43,18 @@ def main(argv: list[str] | None = None) -> int:
     # of a small model many times slower. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+    from medllava.errors import ConfigError
     from medllava.train.config import load_training_recipe
 
     recipe = load_training_recipe(given.config, given.overrides)
+    images = given.images or (given.data if given.data.is_dir() else None)
+    if images is None:
+        raise ConfigError("image paths in the data start from a folder: name it with --images")
 
     from medllava.train.loop import STOPPED, Stopped
     from medllava.train.run import Paths, run
 
-    paths = Paths(given.data, given.images, given.out, given.init_from, given.eval_data, given.captions)
+    paths = Paths(given.data, images, given.out, given.init_from, given.eval_data, given.captions)
     try:
         run(recipe, paths, resume=given.resume, plan=given.plan)
     except Stopped as stopped:

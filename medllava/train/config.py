@@ -1,6 +1,7 @@
 """Recipes of the training stages: every number that decides what a run computes.
 
 stage ``foundation``: builds and trains the small parts that a demo without pretrained weights needs.
+stage ``contrastive``: trains an image-text encoder on, before anything else.
 stage ``projector``: stage 1 of LLaVA. ``lora``, ``full``: stage 2.
 """
 
@@ -124,6 +125,26 @@ class FoundationRecipe(_Stage):
     language: Language
 
 
+class ContrastiveRecipe(_Stage):
+    """Stage 0 of a real run: a CLIP or SigLIP folder (``--init-from``) trained on on image-text pairs; the loss is the
+    folder's own kind's. ``--data``: LLaVA JSON, WebDataset shards or an image folder with metadata.jsonl.
+
+    optim: ``batch_size`` pairs of all processes, each contrasted with all others; ``accumulate`` pieces take less
+        memory for the price of a second forward pass, and change nothing else. An epoch's last, smaller batch is left
+        out. kinds: of LLaVA samples whose answers are captions. temperature: to start from; null keeps the folder's
+        own. precision, workers, eval_every: as of the later stages.
+    """
+
+    stage: Literal["contrastive"]
+    optim: Optim
+    kinds: tuple[str, ...] = ("caption",)
+    flip: bool = False
+    temperature: float | None = Field(default=None, ge=0.01, le=1)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    workers: int = Field(default=0, ge=0)
+    eval_every: int = Field(default=200, ge=1)
+
+
 class Lora(Recipe):
     """Adapters on every linear layer of the language model but the output head (Hu et al. 2021)."""
 
@@ -140,9 +161,14 @@ class TuneRecipe(_Stage):
         last layers of the image encoder are trained too.
     split_exchanges: take the questions of a conversation one by one, where none builds on another.
     max_length: tokens, pictures included; whole trailing exchanges are dropped from longer samples.
-    length_grouping: samples of like length share a batch. cache_features: keep the frozen encoder's output in memory
-        instead of computing it every time (``auto``: if it fits in ``cache_limit_gb``).
+    length_grouping: samples of like length share a batch. packing: short samples share rows of at most ``max_length``
+        tokens, and none sees another; a step has the same ``batch_size`` samples and learns the same, with less padding
+        (and without grouping by length). cache_features: keep the frozen encoder's output instead of computing it every
+        time: in memory (``true``; ``auto``: if it fits in ``cache_limit_gb``, in each process) or on ``disk``
+        (``--feature-cache``).
     precision: ``auto`` is bfloat16 on CUDA, else float32. Trained weights are always float32.
+    compile: compile the language model's layers (``torch.compile``). liger: the Liger kernels for norms, rotary positions
+        and MLPs (``auto``: if they are installed). Both only on CUDA.
     eval_every: steps between validations (``--eval-data``). eval_answers: of so many held-out samples the first
         question is also answered, and compared with the sample's answer (0: none, which is faster).
     """
@@ -160,21 +186,29 @@ class TuneRecipe(_Stage):
     tower_learning_rate: float | None = Field(default=None, gt=0)
     max_length: int = Field(default=2048, ge=8)
     length_grouping: bool = True
-    cache_features: Literal["auto"] | bool = "auto"
+    packing: bool = False
+    cache_features: Literal["auto", "disk"] | bool = "auto"
     cache_limit_gb: float = 2.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
+    liger: Literal["auto"] | bool = "auto"
     workers: int = Field(default=0, ge=0)
     eval_every: int = Field(default=200, ge=1)
     eval_answers: int = Field(default=0, ge=0)
     training_mpp: float | None = None
 
 
-def load_training_recipe(path: Path, overrides: list[str]) -> FoundationRecipe | TuneRecipe:
+AnyRecipe = FoundationRecipe | ContrastiveRecipe | TuneRecipe
+
+
+def load_training_recipe(path: Path, overrides: list[str]) -> AnyRecipe:
     """Read a recipe as what its ``stage`` says. Raises ConfigError."""
     stage = _stage(path, overrides)
     if stage == "foundation":
         return load_recipe(path, FoundationRecipe, overrides)
+    if stage == "contrastive":
+        return load_recipe(path, ContrastiveRecipe, overrides)
     return load_recipe(path, TuneRecipe, overrides)
 
 
@@ -188,5 +222,5 @@ def _stage(path: Path, overrides: list[str]) -> str:
         if override.startswith("stage="):
             stage = override.removeprefix("stage=")
     if stage is None and isinstance(values, dict):
-        raise ConfigError(f"{path}: no 'stage'; set it to foundation, projector, lora or full")
+        raise ConfigError(f"{path}: no 'stage'; set it to foundation, contrastive, projector, lora or full")
     return str(stage)

@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +26,19 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from medllava.model.embeddings import ImageTextEncoder, Tokens, unit
+from medllava.errors import CheckpointError, ConfigError
+from medllava.jsonl import write_json
+from medllava.model.checkpoint import write_folder
+from medllava.model.embeddings import ImageTextEncoder, Tokens, load_encoder, unit
 from medllava.model.image_text import ImageText
 from medllava.model.pixels import pixel_values
 from medllava.train.augment import choose_variant, flip_pixels, flip_text
 from medllava.train.contrastive import info_nce
 from medllava.train.dataset import Order
+from medllava.train.loop import Group
 
+PROVENANCE_FILE = "medllava_encoder.json"
+"""What an encoder's folder was made from; written last."""
 MAX_SCALE = 100.0
 """Most that similarities are multiplied by (1 / temperature), as in CLIP."""
 
@@ -110,7 +117,10 @@ class PairLoss(nn.Module):
         with torch.no_grad():
             self.model.logit_scale.clamp_(0.0, math.log(MAX_SCALE))
         seen, told = self._embed(batch)
-        classes = batch.classes
+        with torch.autocast(seen.device.type, enabled=False):  # similarities times 100 need all their digits
+            return self._loss(seen, told, batch.classes)
+
+    def _loss(self, seen: torch.Tensor, told: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         every_seen, every_told, every_class = seen, told, classes
         if dist.is_initialized() and dist.get_world_size() > 1:
             every_seen, every_told = _Gather.apply(seen), _Gather.apply(told)
@@ -141,6 +151,47 @@ class PairLoss(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         told = self.model.get_text_features(**dict(zip(names, texts, strict=True)))
         return unit(self.model.get_image_features(pixel_values=pixels)), unit(told)
+
+
+def groups_of(module: PairLoss, learning_rate: float) -> list[Group]:
+    """All weights; weight decay spares gains, biases and the temperature, as in CLIP."""
+    own = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    spared = {name: value for name, value in own.items() if value.ndim < 2}
+    matrices = {name: value for name, value in own.items() if value.ndim >= 2}
+    return [
+        Group("encoder", learning_rate, matrices),
+        Group("gains, biases, temperature", learning_rate, spared, decays=False),
+    ]
+
+
+def save_encoder(path: Path, encoder: ImageTextEncoder, facts: dict[str, Any]) -> None:
+    """Write a stock folder (model, image processor, tokenizer), and ``facts`` beside them."""
+
+    def write(folder: Path) -> None:
+        encoder.model.save_pretrained(folder)
+        encoder.image_processor.save_pretrained(folder)
+        encoder.tokenizer.save_pretrained(folder)
+        write_json(folder / PROVENANCE_FILE, {"kind": "image-text encoder", "model_type": encoder.kind} | facts)
+
+    write_folder(path, write, last=("config.json", PROVENANCE_FILE))
+
+
+def prove_encoder(folder: Path, encoder: ImageTextEncoder) -> None:
+    """Open a folder again and compare every weight. Raises CheckpointError naming the first that differs."""
+    found = load_encoder(folder, device="cpu").model.state_dict()
+    for name, value in encoder.model.state_dict().items():
+        if name not in found or not torch.equal(found[name].float(), value.detach().cpu().float()):
+            raise CheckpointError(f"{folder}: {name} was written, but is not the same when read back")
+
+
+def check_batch(batch_size: int, pieces: int, processes: int, pairs: int) -> None:
+    """Raises ConfigError if a step cannot be shared out evenly, or there are too few pairs for one."""
+    if batch_size % (pieces * processes):
+        raise ConfigError(
+            f"optim.batch_size {batch_size} must be a multiple of accumulate times processes ({pieces} x {processes})"
+        )
+    if pairs < batch_size:
+        raise ConfigError(f"optim.batch_size is {batch_size}, but there are {pairs} pictures with captions; lower it")
 
 
 class _Gather(torch.autograd.Function):

@@ -43,11 +43,12 @@ class Stopped(MedllavaError):
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a learning rate, by name."""
+    """Parameters that share a learning rate, by name. ``decays``: the recipe's weight decay is for them."""
 
     name: str
     learning_rate: float
     parameters: dict[str, nn.Parameter]
+    decays: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,14 @@ def fit(
     out.mkdir(parents=True, exist_ok=True)
     parameters = {key: value for group in groups for key, value in group.parameters.items()}
     optimizer = torch.optim.AdamW(
-        [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups],
-        betas=optim.betas, weight_decay=optim.weight_decay, fused=True,
+        [
+            {
+                "params": list(group.parameters.values()), "lr": group.learning_rate,
+                "weight_decay": optim.weight_decay * group.decays,
+            }
+            for group in groups
+        ],
+        betas=optim.betas, fused=True,
     )
     rates = [group.learning_rate for group in groups]
     torch.manual_seed(pace.seed)

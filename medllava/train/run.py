@@ -28,10 +28,21 @@ from medllava.conversation import InstructionSample
 from medllava.errors import ConfigError
 from medllava.jsonl import atomic_write, read_json, write_json
 from medllava.model import checkpoint, manifest, tiny
+from medllava.model.embeddings import load_encoder
+from medllava.model.image_text import data_sha256, read_image_texts
 from medllava.model.pixels import tokens_per_image
 from medllava.model.prompt import PromptBuilder
-from medllava.train.config import FoundationRecipe, Optim, TuneRecipe
+from medllava.train.config import AnyRecipe, ContrastiveRecipe, FoundationRecipe, Optim, TuneRecipe
 from medllava.train.contrastive import ContrastiveData, ContrastiveLoss, read_pairs
+from medllava.train.contrastive_tune import (
+    FullBatches,
+    PairLoss,
+    check_batch,
+    groups_of,
+    pair_batches,
+    prove_encoder,
+    save_encoder,
+)
 from medllava.train.dataset import (
     Examples,
     Order,
@@ -70,19 +81,24 @@ class Paths:
     captions: Path | None = None
 
 
-def run(recipe: FoundationRecipe | TuneRecipe, paths: Paths, *, resume: bool = False, plan: bool = False) -> None:
+def run(recipe: AnyRecipe, paths: Paths, *, resume: bool = False, plan: bool = False) -> None:
     """Train one stage into ``paths.out``, or with ``plan`` only say what it would take.
 
     Raises ConfigError, DataError, CheckpointError before the first step; MedllavaError from the loop.
     """
-    samples = read_samples(paths.data)
-    check_images(samples, paths.images)
+    if isinstance(recipe, ContrastiveRecipe):
+        samples: list[InstructionSample] = []
+    else:
+        samples = read_samples(paths.data)
+        check_images(samples, paths.images)
     if not plan and _already_finished(recipe, paths, resume=resume):
         log.info("%s: this run is finished; nothing to do", paths.out)
         return
     with _threads(recipe):
         if isinstance(recipe, FoundationRecipe):
             _foundation(recipe, paths, samples, plan=plan)
+        elif isinstance(recipe, ContrastiveRecipe):
+            _contrastive(recipe, paths, plan=plan)
         else:
             _tune(recipe, paths, samples, plan=plan)
 
@@ -204,6 +220,88 @@ def _write_part(module: Any, file: Path) -> None:
     Saves(file.parent).clear()
 
 
+def _contrastive(recipe: ContrastiveRecipe, paths: Paths, *, plan: bool) -> None:
+    """Stage 0 of a real run: an image-text encoder, trained on."""
+    started = time.monotonic()
+    if paths.init_from is None:
+        raise ConfigError(f"stage {recipe.stage} starts from an image-text encoder: add --init-from FOLDER")
+    half = _in_half(recipe.precision)
+    accelerator = _accelerator("bf16" if half else "no")
+    pairs = read_image_texts(paths.data, paths.images, recipe.kinds)
+    optim, processes = recipe.optim, accelerator.num_processes
+    check_batch(optim.batch_size, optim.accumulate, processes, len(pairs))
+    torch.manual_seed(recipe.seed)
+    encoder = load_encoder(paths.init_from, device=str(accelerator.device))
+    encoder.model.float()
+    if recipe.temperature is not None:
+        with torch.no_grad():
+            encoder.model.logit_scale.fill_(-math.log(recipe.temperature))
+    module = PairLoss(encoder, pieces=optim.accumulate)
+    order = FullBatches(len(pairs), optim.batch_size, recipe.seed)
+    steps = _steps(optim, order)
+    parts = {"image encoder": encoder.model.vision_model, "text encoder": encoder.model.text_model}
+    table = [Part(name, count := _count(part), count, optim.learning_rate) for name, part in parts.items()]
+    rest = _count(encoder.model) - sum(part.parameters for part in table)
+    table.append(Part("projections, temperature", rest, rest, optim.learning_rate))
+    log.info("stage %s (%s) from %s\n%s", recipe.stage, encoder.kind, paths.init_from, format_table(table))
+    log.info(
+        "%d pictures, %d captions; %d steps of %d pairs = %.2f epochs; %d captions to tell from in each step; about"
+        " %.2f GB for weights, gradients and AdamW", len(pairs), sum(len(pair.texts) for pair in pairs), steps,
+        optim.batch_size, steps * optim.batch_size / len(pairs), optim.batch_size, 16 * _count(encoder.model) / 1e9,
+    )
+    if plan:
+        return
+    facts = _facts(recipe, paths) | {
+        "base": checkpoint.base_reference(paths.init_from, paths.out), "versions": manifest.current_versions(),
+    }
+
+    def write(folder: Path, figures: Figures) -> None:
+        save_encoder(folder, encoder, facts | {"figures": dict(figures), "created": manifest.now()})
+
+    saves = Saves(paths.out, keep=recipe.keep, write=write, main=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        size = 4 * _count(encoder.model)
+        saves.sweep()
+        saves.check_room(size, 3 * size)
+        saves.trial(lambda folder: prove_encoder(folder, encoder))
+    _begin(recipe, paths, table)
+
+    batches = partial(pair_batches, encoder=encoder, rank=accelerator.process_index, processes=processes)
+    validate = None
+    if paths.eval_data is not None:
+        held_out = read_image_texts(paths.eval_data, paths.images, recipe.kinds)
+        size = min(optim.batch_size, len(held_out) // processes * processes)
+        see = batches(held_out, seed=recipe.seed, flip=False)
+
+        @torch.no_grad()
+        def validate() -> dict[str, float]:
+            module.eval()
+            total = 0.0
+            starts = range(0, len(held_out) - size + 1, size)
+            for start in starts:
+                (batch,) = see(0, list(range(start, start + size)))
+                with accelerator.autocast():
+                    loss = module(batch.to(accelerator.device))
+                total += float(accelerator.reduce(loss, "sum"))
+            return {"eval_loss": total / (size * len(starts))}
+
+    figures = fit(
+        name=f"stage {recipe.stage}", module=module, groups=groups_of(module, optim.learning_rate), optim=optim,
+        steps=steps, batches=Steps(order, steps, batches(pairs, seed=recipe.seed, flip=recipe.flip)), out=paths.out,
+        saves=saves, pace=Pace(recipe.seed, recipe.log_every, recipe.save_every, recipe.eval_every),
+        accelerator=accelerator, validate=validate, workers=recipe.workers,
+    )
+    if accelerator.is_main_process:
+        write(paths.out, figures)
+        saves.finish(steps)
+        _finish(paths.out, started, {"stage": recipe.stage, "steps": steps, **figures})
+    accelerator.wait_for_everyone()
+
+
+def _in_half(precision: str) -> bool:
+    return precision == "bfloat16" or (precision == "auto" and torch.cuda.is_available())
+
+
 def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample], *, plan: bool) -> None:
     """Stages 1 and 2: freeze, tokenize, cache, train, save."""
     started = time.monotonic()
@@ -215,7 +313,7 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
             f"{paths.init_from} is a LoRA checkpoint; fold it into its base first: python -m medllava.model merge"
             f" {paths.init_from} MERGED, then --init-from MERGED"
         )
-    half = recipe.precision == "bfloat16" or (recipe.precision == "auto" and torch.cuda.is_available())
+    half = _in_half(recipe.precision)
     accelerator = _accelerator("bf16" if half else "no")
     torch.manual_seed(recipe.seed)
     loaded = checkpoint.load(
@@ -409,25 +507,25 @@ def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _facts(recipe: FoundationRecipe | TuneRecipe, paths: Paths, training_mpp: float | None = None) -> dict[str, Any]:
+def _facts(recipe: AnyRecipe, paths: Paths, training_mpp: float | None = None) -> dict[str, Any]:
     return {
-        "recipe": recipe.model_dump(mode="json"), "data_sha256": manifest.file_sha256(paths.data),
+        "recipe": recipe.model_dump(mode="json"), "data_sha256": data_sha256(paths.data),
         "training_mpp": training_mpp,
     }
 
 
-def _identity(recipe: FoundationRecipe | TuneRecipe, paths: Paths) -> dict[str, Any]:
+def _identity(recipe: AnyRecipe, paths: Paths) -> dict[str, Any]:
     """What must be the same for a run to go on."""
     start = None
     if paths.init_from is not None:
         marks = [paths.init_from / name for name in (manifest.FILE, "config.json")]
         start = next((manifest.file_sha256(mark) for mark in marks if mark.is_file()), None)
     return {
-        "recipe": recipe.model_dump(mode="json"), "data_sha256": manifest.file_sha256(paths.data), "init_sha256": start,
+        "recipe": recipe.model_dump(mode="json"), "data_sha256": data_sha256(paths.data), "init_sha256": start,
     }
 
 
-def _already_finished(recipe: FoundationRecipe | TuneRecipe, paths: Paths, *, resume: bool) -> bool:
+def _already_finished(recipe: AnyRecipe, paths: Paths, *, resume: bool) -> bool:
     """True if the very run is finished. Raises ConfigError if another run, or one not asked to be resumed, is there."""
     record = paths.out / RUN_FILE
     if not record.is_file():
@@ -445,7 +543,7 @@ def _already_finished(recipe: FoundationRecipe | TuneRecipe, paths: Paths, *, re
     return (paths.out / FINISHED_FILE).is_file()
 
 
-def _deciding(values: dict[str, Any], like: FoundationRecipe | TuneRecipe) -> dict[str, Any]:
+def _deciding(values: dict[str, Any], like: AnyRecipe) -> dict[str, Any]:
     """A recipe's values that decide what is computed, flat: ``optim.steps``. Keys that the recipe of an older run did
     not have yet get their defaults."""
     try:
@@ -461,7 +559,7 @@ def _deciding(values: dict[str, Any], like: FoundationRecipe | TuneRecipe) -> di
     return flat
 
 
-def _begin(recipe: FoundationRecipe | TuneRecipe, paths: Paths, table: Sequence[Part]) -> None:
+def _begin(recipe: AnyRecipe, paths: Paths, table: Sequence[Part]) -> None:
     """Write down what is run, before the first step."""
     if int(os.environ.get("RANK", "0")):
         return
@@ -487,7 +585,7 @@ def _finish(out: Path, started: float, facts: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _threads(recipe: FoundationRecipe | TuneRecipe) -> Iterator[None]:
+def _threads(recipe: AnyRecipe) -> Iterator[None]:
     """Set PyTorch's threads for this run; tiny models lose time to more than two."""
     before = torch.get_num_threads()
     threads = recipe.threads

@@ -73,3 +73,22 @@ def stage0(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--config", str(RECIPES / "demo_stage0.yaml"), *data.arguments, "--captions", str(data.captions)]
     assert main([*arguments, "--out", str(out), *SMALL]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def clip(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of few random weights, as a stock folder."""
+    import torch
+    from transformers import CLIPImageProcessor
+
+    from medllava.model import tiny
+
+    folder = tmp_path_factory.mktemp("encoders") / "clip"
+    texts = [turn["value"] for row in json.loads(data.file.read_text()) for turn in row["conversations"]]
+    tokenizer = tiny.build_tokenizer(texts, tiny.TokenizerSizes(vocab_size=330))
+    torch.manual_seed(0)
+    vision = tiny.VisionSizes(hidden_size=32, intermediate_size=64, heads=2, layers=2, image_size=48)
+    tiny.build_clip(vision, tokenizer, projection_dim=16, text_layers=1, text_positions=24).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 48}, crop_size=48).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,8 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     inspect.add_argument("source", metavar="SRC", type=Path)
     for name, text in (
-        ("merge", "fold a LoRA or projector checkpoint into its base: a full checkpoint"),
-        ("export", "write a stock Hugging Face folder"),
+        ("merge", "fold a LoRA or projector checkpoint into its base: a full checkpoint that answers the same"),
+        ("export", "write a stock Hugging Face folder that answers the same"),
         ("convert", "read an original LLaVA folder"),
     ):
         step = steps.add_parser(name, help=text, epilog=f"example: medllava model {name} demo-out/stage2 new-folder")
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             chat_format=arguments.chat_format,
         )
     else:
-        _merge(arguments.source, arguments.target)
+        difference = _merge(arguments.source, arguments.target)
+        print(f"read back: the same greedy tokens as {arguments.source}, logits within {difference:.2g}")
     print(f"wrote {arguments.target}")
     return 0
 
@@ -85,16 +87,27 @@ def _inspect(source: Path) -> int:
     return 0
 
 
-def _merge(source: Path, target: Path) -> None:
-    """Write SRC, with everything folded in, as a full checkpoint that stock classes open."""
+def _merge(source: Path, target: Path) -> float:
+    """Write SRC, with everything folded in, as a full checkpoint that stock classes open, and read it back: it must
+    compute what SRC computes with its adapters on their base. Returns the largest difference of a logit."""
     from medllava.model import checkpoint
+    from medllava.model.same import check_same, trace
 
     _refuse_existing(target)
-    loaded = checkpoint.load(source, device="cpu")
-    facts = loaded.manifest.model_dump(
-        include={"single_exchange", "training_mpp", "box_format", "data_sha256", "recipe"}
+    loaded = checkpoint.load(source, device="cpu", merge=False)
+    wanted = trace(loaded)
+    manifest = loaded.manifest
+    facts = manifest.model_dump(
+        include={"single_exchange", "training_mpp", "box_format", "data_sha256", "recipe", "figures"}
     )
-    checkpoint.save_full(target, loaded.model, loaded.processor, chat_format=loaded.manifest.chat_format, **facts)
+    model = loaded.model.merge_and_unload() if manifest.kind == "lora" else loaded.model
+    checkpoint.save_full(target, model, loaded.processor, chat_format=manifest.chat_format, **facts)
+    del loaded, model  # one model in memory at a time
+    try:
+        return check_same(wanted, trace(checkpoint.load(target, device="cpu")))
+    except CheckpointError as error:
+        shutil.rmtree(target)
+        raise CheckpointError(f"{target}: does not compute what {source} does, and was removed: {error}") from error
 
 
 def _refuse_existing(target: Path) -> None:

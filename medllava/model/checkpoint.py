@@ -171,6 +171,19 @@ def skeleton(base: str | Path, revision: str | None = None) -> Any:
         raise CheckpointError(f"{base}: its config.json cannot be used: {_first_line(error)}") from error
 
 
+def add_adapters(model: Any, folder: Path) -> Any:
+    """The model with adapters as the folder's ``adapter_config.json`` says, not yet with their weights."""
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        config.base_model_name_or_path = model.name_or_path
+        with quiet_peft():
+            return get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / ADAPTER_FILES[0]}: cannot be used: {_first_line(error)}") from error
+
+
 def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
@@ -576,7 +589,7 @@ def _check_parts(folder: Path, manifest: Manifest, base: str | Path) -> None:
         found = read_shapes(folder / ADAPTER_FILES[1])
         from peft import get_peft_model_state_dict
 
-        expected = _shapes(get_peft_model_state_dict(_adapted(model, folder)))
+        expected = _shapes(get_peft_model_state_dict(add_adapters(model, folder)))
         refuse(str(folder / ADAPTER_FILES[1]), misfits(expected, found))
 
 
@@ -597,24 +610,11 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     tensors = read_tensors(folder / ADAPTER_FILES[1])
-    wrapped = _adapted(model, folder)
+    wrapped = add_adapters(model, folder)
     expected = get_peft_model_state_dict(wrapped)
     refuse(str(folder / ADAPTER_FILES[1]), differences(expected, tensors))
     set_peft_model_state_dict(wrapped, tensors)
     return wrapped
-
-
-def _adapted(model: Any, folder: Path) -> Any:
-    """The model with adapters as the folder's ``adapter_config.json`` says, not yet with their weights."""
-    from peft import LoraConfig, get_peft_model
-
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-        config.base_model_name_or_path = model.name_or_path
-        with quiet_peft():
-            return get_peft_model(model, config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / ADAPTER_FILES[0]}: cannot be used: {_first_line(error)}") from error
 
 
 def differences(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:

@@ -38,6 +38,8 @@ class Manifest(BaseModel):
     image_size: side of the model's input, pixels. padding: ``square`` pads the picture to a square first.
     single_exchange: the model was trained on questions without a history, so earlier turns stay out of its prompts.
     training_mpp: micrometres per pixel of the training images, if known.
+    quantized: what the language model of the base was quantized to while the rest was trained; it can be loaded on the
+        base as it is, or quantized.
     tower_trained: a projector or LoRA folder that also holds layers of the vision tower.
     data_sha256, recipe, versions: what the weights were made from. figures: step, losses and the like when they were
         written, where known.
@@ -54,6 +56,7 @@ class Manifest(BaseModel):
     single_exchange: bool = False
     training_mpp: float | None = None
     box_format: str = "[x1, y1, x2, y2], 0..1 of the original image"
+    quantized: Literal["nf4", "int8"] | None = None
     tower_trained: bool = False
     data_sha256: str | None = None
     recipe: dict[str, Any] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -24,8 +25,9 @@ class Part:
     learning_rate: float | None
 
 
-def select(model: Any, recipe: TuneRecipe) -> tuple[Any, list[Group], list[Part]]:
+def select(model: Any, recipe: TuneRecipe, adapted: Any = None) -> tuple[Any, list[Group], list[Part]]:
     """Set up a LlavaForConditionalGeneration for the recipe's stage: freeze, add adapters, choose learning rates.
+    ``adapted``: the PeftModel around it if it already has adapters, which then go on learning.
 
     Returns (the model, inside a PeftModel for stage ``lora``; parameter groups; table). The vision tower is frozen but
     for ``tower_layers``; stage ``projector`` trains the projector alone; ``lora`` the projector and adapters; ``full``
@@ -33,7 +35,7 @@ def select(model: Any, recipe: TuneRecipe) -> tuple[Any, list[Group], list[Part]
     """
     model.requires_grad_(False)
     core = model.model
-    wrapped = _with_lora(model, recipe) if recipe.stage == "lora" else model
+    wrapped = adapted or (_with_lora(model, recipe) if recipe.stage == "lora" else model)
     chosen: dict[str, tuple[Iterable[str], float]] = {}
     rate = recipe.optim.learning_rate
     chosen["projector"] = (_names(model, core.multi_modal_projector), recipe.projector_learning_rate or rate)
@@ -105,6 +107,28 @@ def _with_lora(model: Any, recipe: TuneRecipe) -> Any:
     )
     with quiet_peft():
         return get_peft_model(model, config)
+
+
+def check_adapters(adapted: Any, recipe: TuneRecipe, source: Path) -> None:
+    """Raises ConfigError if the adapters of a checkpoint are not those that the recipe trains, so that it cannot go on
+    with them."""
+    config = adapted.peft_config["default"]
+    wanted = {"lora.r": recipe.lora.r, "lora.alpha": recipe.lora.alpha, "lora.dropout": recipe.lora.dropout}
+    found = {"lora.r": config.r, "lora.alpha": config.lora_alpha, "lora.dropout": config.lora_dropout}
+    language = adapted.get_base_model().model.language_model
+    bare = [
+        name for name, module in language.named_modules()
+        if isinstance(module, nn.Linear) and "base_layer" not in name and ".lora_" not in name
+    ]
+    if wanted == found and not bare:
+        return
+    differ = [f"{key}={found[key]:g}" for key in wanted if wanted[key] != found[key]]
+    what = f"its adapters have {' '.join(differ)}" if differ else f"its adapters leave out {bare[0]}"
+    how = f"set {' '.join(differ)} to go on with them, or " if differ and not bare else ""
+    raise ConfigError(
+        f"{source}: {what}, unlike this recipe; {how}fold them into their base first: python -m medllava.model merge"
+        f" {source} MERGED, then --init-from MERGED"
+    )
 
 
 def _names(model: nn.Module, part: nn.Module) -> list[str]:

@@ -35,7 +35,7 @@ def check_held_out(training: Sequence[InstructionSample], held_out: Sequence[Ins
         )
     names = {name for sample in training for name in sample.images}
     judged = sorted({name for sample in held_out for name in sample.images})
-    pairs = [(name, name) for name in judged if name in names]
+    pairs = {name: name for name in judged if name in names}
     # Only files of equal size can be equal, so that few are read.
     sizes: dict[int, list[str]] = {}
     for name in judged:
@@ -47,10 +47,10 @@ def check_held_out(training: Sequence[InstructionSample], held_out: Sequence[Ins
             for other in candidates:
                 hashes.setdefault(_sha256(images / other), other)
             found = hashes.get(_sha256(images / name))
-            if found and found != name:
-                pairs.append((found, name))
+            if found:
+                pairs.setdefault(found, name)
     if pairs:
-        told = [one if one == two else f"{one} (= {two})" for one, two in pairs]
+        told = [one if one == two else f"{one} (= {two})" for one, two in pairs.items()]
         raise DataError(
             f"--eval-data: {_some(told, 'picture')} also in the training data; a loss on it says nothing about new"
             " pictures: split by video or case, not by row"

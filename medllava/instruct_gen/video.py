@@ -6,6 +6,7 @@ where enough others remain, which more than halves the work on ordinary H.264.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -32,7 +33,8 @@ LARGEST_GAP_S = 0.17
 """Undecoded frames may leave gaps of at most this: a cursor is lost in longer ones."""
 
 LOOK_AHEAD = 40
-"""Frames decoded before the choice of what to leave undecoded is confirmed."""
+LOOK_AHEAD_BYTES = 150e6
+"""Frames decoded before the choice of what to leave undecoded is confirmed; fewer of very large ones."""
 
 PACKETS = 200
 """Packets looked at, undecoded, to see how frames depend on one another."""
@@ -149,10 +151,13 @@ class VideoReader:
             if skip == "BIDIR" and self._anchor_gap_s > LARGEST_GAP_S:
                 continue
             frames = self._decode(skip)
-            head = list(islice(frames, LOOK_AHEAD))
+            held_bytes = 1.5 * self.video.width * self.video.height
+            count = max(10, min(LOOK_AHEAD, int(LOOK_AHEAD_BYTES / held_bytes)))
+            head = deque(islice(frames, count))
             gaps = np.diff([t_s for _, t_s in head])
-            if len(head) == LOOK_AHEAD and np.quantile(gaps, 0.95) <= LARGEST_GAP_S:
-                yield from head
+            if len(head) == count and np.quantile(gaps, 0.95) <= LARGEST_GAP_S:
+                while head:  # each is let go of once it has been looked at
+                    yield head.popleft()
                 yield from frames
                 return
             frames.close()

@@ -459,7 +459,13 @@ def _load_full(source: str | Path, revision: str | None, device: str, dtype: tor
     faults += [f"mis-shaped {_mismatch(entry)}" for entry in report["mismatched_keys"]]
     refuse(str(source), faults)
     normalise_generation_config(model.generation_config)
-    return model if quantization else model.to(device)
+    if quantization is None:
+        return model.to(device)
+    for module in model.modules():
+        # bitsandbytes packs 4-bit weights anew for CPUs with AVX-512, 64 columns at a time, and fails on others.
+        if getattr(module, "support_avx512bf16_for_cpu", False) and module.in_features % 64:
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _mismatch(entry: Any) -> str:

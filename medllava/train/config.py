@@ -160,6 +160,9 @@ class TuneRecipe(_Stage):
     projector_learning_rate: of the projector, if not the same. tower_learning_rate: with ``tower_layers`` > 0, so many
         last layers of the image encoder are trained too.
     split_exchanges: take the questions of a conversation one by one, where none builds on another.
+    quantize: keep the frozen language model's linear layers in 4 bits (``nf4``, with double quantization) or 8
+        (``int8``) through bitsandbytes (QLoRA; Dettmers et al. 2023). Vision tower, projector and output head stay as
+        they are; what is trained is float32.
     max_length: tokens, pictures included; whole trailing exchanges are dropped from longer samples.
     length_grouping: samples of like length share a batch. packing: short samples share rows of at most ``max_length``
         tokens, and none sees another; a step has the same ``batch_size`` samples and learns the same, with less padding
@@ -181,6 +184,7 @@ class TuneRecipe(_Stage):
     flip: bool = False
     split_exchanges: bool = False
     lora: Lora = Lora()
+    quantize: Literal["nf4", "int8"] | None = None
     projector_learning_rate: float | None = Field(default=None, gt=0)
     tower_layers: int = Field(default=0, ge=0)
     tower_learning_rate: float | None = Field(default=None, gt=0)
@@ -197,6 +201,12 @@ class TuneRecipe(_Stage):
     eval_every: int = Field(default=200, ge=1)
     eval_answers: int = Field(default=0, ge=0)
     training_mpp: float | None = None
+
+    @model_validator(mode="after")
+    def _quantized_is_frozen(self) -> TuneRecipe:
+        if self.quantize and self.stage == "full":
+            raise ValueError("quantize needs a frozen language model; use stage lora")
+        return self
 
 
 AnyRecipe = FoundationRecipe | ContrastiveRecipe | TuneRecipe

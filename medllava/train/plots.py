@@ -1,15 +1,18 @@
-"""What a run looks like: its log, the loss curve as a picture, and TensorBoard, as far as their packages are there."""
+"""What a run looks like: its log, its curves as a picture, TensorBoard as far as the package is there, and, only where
+it was asked for, Weights & Biases."""
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from medllava.jsonl import Appender, atomic_write, read_rows, write_records
+from medllava.errors import MissingExtraError
+from medllava.jsonl import Appender, atomic_write, read_json, read_rows, write_records
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +20,7 @@ LOG_FILE = "train_log.jsonl"
 
 
 def plot_loss(log_file: Path, picture: Path, title: str) -> None:
-    """Draw loss, validation loss and learning rates over the steps of ``train_log.jsonl``."""
+    """Draw loss, validation loss, learning rates and throughput over the steps of ``train_log.jsonl``."""
     try:
         import matplotlib
     except ImportError as error:
@@ -30,7 +33,7 @@ def plot_loss(log_file: Path, picture: Path, title: str) -> None:
     if not rows:
         return
     steps = [row["step"] for row in rows]
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1))
+    figure, (top, bottom, pace) = pyplot.subplots(3, 1, figsize=(8, 7.5), sharex=True, height_ratios=(3, 1, 1))
     top.plot(steps, [row["loss"] for row in rows], label="training loss")
     judged = [row for row in rows if "eval_loss" in row]
     if judged:
@@ -45,9 +48,14 @@ def plot_loss(log_file: Path, picture: Path, title: str) -> None:
     for name in rows[-1]["lr"]:
         bottom.plot(steps, [row["lr"].get(name) for row in rows], label=name)
     bottom.set_ylabel("learning rate")
-    bottom.set_xlabel("step")
     bottom.legend()
     bottom.grid(alpha=0.3)
+    key, unit = ("tokens_per_s", "tokens") if "tokens_per_s" in rows[-1] else ("samples_per_s", "samples")
+    pace.plot(steps, [row.get(key) for row in rows])
+    pace.set_ylabel(f"{unit} / s")
+    pace.set_ylim(bottom=0)
+    pace.set_xlabel("step")
+    pace.grid(alpha=0.3)
     figure.tight_layout()
     with atomic_write(picture, "wb") as file:
         figure.savefig(file, dpi=110, format="png")
@@ -56,13 +64,19 @@ def plot_loss(log_file: Path, picture: Path, title: str) -> None:
 
 class Journal:
     """The run's log: rows in ``train_log.jsonl`` and, if the package is there, TensorBoard. A resumed run first drops
-    what was logged after ``start``, the step it resumes from. ``enabled``: false in all processes but the main one."""
+    what was logged after ``start``, the step it resumes from. ``enabled``: false in all processes but the main one.
 
-    def __init__(self, out: Path, start: int, *, enabled: bool) -> None:
+    wandb: project of Weights & Biases, to which the recipe and the rows are then sent (``WANDB_MODE=offline`` keeps
+    them in the run's folder). Without it nothing leaves the machine. Raises MissingExtraError without the package.
+    """
+
+    def __init__(self, out: Path, start: int, *, enabled: bool, wandb: str | None = None) -> None:
         self._out = out
         self._start = start
         self._enabled = enabled
         self._board: _Board | None = None
+        self._project = wandb
+        self._tracker: Any = None
 
     def __enter__(self) -> Journal:
         if not self._enabled:
@@ -75,20 +89,46 @@ class Journal:
             self._board = _Board(self._out / "tensorboard", self._start)
         except ImportError as error:
             log.warning("no TensorBoard log: %s; pip install 'medllava[train]'", error)
+        if self._project:
+            self._tracker = _track(self._project, self._out)
         return self
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows.write(row)
-        if self._board is None:
-            return
-        values = {key: row[key] for key in ("loss", "eval_loss", "grad_norm") if key in row}
-        self._board.add(row["step"], values | {f"lr/{name}": rate for name, rate in row["lr"].items()})
+        values = {
+            key: value for key, value in row.items()
+            if isinstance(value, float) and key not in ("seconds", "supervised_tokens", "samples")
+        }
+        values |= {f"lr/{name}": rate for name, rate in row["lr"].items()}
+        if self._board is not None:
+            self._board.add(row["step"], values)
+        if self._tracker is not None:
+            self._tracker.log(values, step=row["step"])
 
     def __exit__(self, *error: object) -> None:
         if self._enabled:
             self._rows.__exit__(*error)
         if self._board is not None:
             self._board.close()
+        if self._tracker is not None:
+            self._tracker.finish(exit_code=int(error[:1] != (None,)))
+
+
+def _track(project: str, out: Path) -> Any:
+    """The run at Weights & Biases; a resumed one goes on under its own id, kept in ``wandb-id.txt``."""
+    try:
+        import wandb
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MissingExtraError("wandb", "wandb", error) from error
+    file = out / "wandb-id.txt"
+    name = file.read_text(encoding="utf-8").strip() if file.is_file() else secrets.token_hex(8)
+    with atomic_write(file) as opened:
+        opened.write(name + "\n")
+    record = out / "run.json"
+    run = read_json(record) if record.is_file() else {}
+    # No paths and no command line: they may name people and places.
+    config = {"recipe": run.get("identity", {}).get("recipe"), "versions": run.get("versions")}
+    return wandb.init(project=project, id=name, name=out.name, dir=str(out), config=config, resume="allow")
 
 
 class _Board:

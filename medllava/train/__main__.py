@@ -12,6 +12,7 @@ import argparse
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from medllava.errors import run_cli
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--init-from", type=Path, help="checkpoint folder to start from (every stage but foundation)")
     parser.add_argument("--eval-data", type=Path, help="validation data (LLaVA JSON, same image folder)")
     parser.add_argument("--captions", type=Path, help="captions.jsonl with boxed phrases, for the foundation stage")
+    parser.add_argument("--feature-cache", type=Path, help="folder of cache_features=disk (default: OUT/features)")
+    parser.add_argument("--deepspeed", type=Path, help="DeepSpeed configuration, e.g. train/deepspeed/zero2.json")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
     parser.add_argument("--plan", action="store_true", help="say what trains, tokens, steps and memory, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
@@ -55,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     from medllava.train.run import Paths, run
 
     paths = Paths(given.data, images, given.out, given.init_from, given.eval_data, given.captions)
+    paths = replace(paths, feature_cache=given.feature_cache, deepspeed=given.deepspeed)
     try:
         run(recipe, paths, resume=given.resume, plan=given.plan)
     except Stopped as stopped:

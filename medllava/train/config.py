@@ -166,12 +166,12 @@ class TuneRecipe(_Stage):
     max_length: tokens, pictures included; whole trailing exchanges are dropped from longer samples.
     length_grouping: samples of like length share a batch. packing: short samples share rows of at most ``max_length``
         tokens, and none sees another; a step has the same ``batch_size`` samples and learns the same, with less padding
-        (and without grouping by length). cache_features: keep the frozen encoder's output instead of computing it every
-        time: in memory (``true``; ``auto``: if it fits in ``cache_limit_gb``, in each process) or on ``disk``
-        (``--feature-cache``).
+        (and without grouping by length).
+    cache_features: keep the frozen encoder's output instead of computing it every time: in memory (``true``; ``auto``:
+        if it fits in ``cache_limit_gb``, in each process) or on ``disk`` (``--feature-cache``).
     precision: ``auto`` is bfloat16 on CUDA, else float32. Trained weights are always float32.
-    compile: compile the language model's layers (``torch.compile``). liger: the Liger kernels for norms, rotary positions
-        and MLPs (``auto``: if they are installed). Both only on CUDA.
+    compile: compile the language model's layers (``torch.compile``). liger: Liger's kernels for norms, rotary positions
+        and MLPs (``auto``: if they are installed). Both on CUDA only.
     eval_every: steps between validations (``--eval-data``). eval_answers: of so many held-out samples the first
         question is also answered, and compared with the sample's answer (0: none, which is faster).
     """

@@ -22,6 +22,7 @@ from medllava.model.pixels import image_side, pixel_values
 from medllava.model.prompt import IGNORE, Prompt, PromptBuilder
 from medllava.train.augment import choose_variant, flip_pixels, flip_text
 from medllava.train.batch import Batch, Example, collate, lay_out
+from medllava.train.features import FeatureStore
 
 log = logging.getLogger(__name__)
 
@@ -156,12 +157,14 @@ class Examples:
 
 
 class Pictures:
-    """Pixels of the pictures in ``folder``, mirrored on request; after :meth:`cache`, the frozen encoder's features."""
+    """Pixels of the pictures in ``folder``, mirrored on request; after :meth:`cache` or :meth:`cache_on_disk`, the
+    frozen encoder's features."""
 
     def __init__(self, folder: Path, image_processor: Any) -> None:
         self._folder = folder
         self._image_processor = image_processor
         self._features: dict[tuple[str, int], torch.Tensor] = {}
+        self._store: FeatureStore | None = None
 
     def pixels(self, name: str, variant: int = 0) -> torch.Tensor:
         """(3, side, side)"""
@@ -185,14 +188,27 @@ class Pictures:
             bar.update(len(part))
         bar.close()
 
+    def cache_on_disk(
+        self, store: FeatureStore, names: Sequence[str], variants: Sequence[int],
+        encode: Callable[[torch.Tensor], torch.Tensor], wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        """As :meth:`cache`, but into files that other runs find again. ``wait``: for the other processes' shares."""
+        store.fill(self._folder, self.pixels, names, variants, encode)
+        wait()
+        store.open()
+        self._store = store if names else None
+
     def stack(self, wanted: Sequence[tuple[str, int]]) -> dict[str, torch.Tensor]:
         """Keyword arguments of :func:`collate` for these pictures; one blank picture if there are none, so that the
         projector and a tower in training take part in every batch on every process."""
         if not wanted:
-            if self._features:
-                return {"features": torch.zeros_like(next(iter(self._features.values())))[None]}
+            known = self._store.any() if self._store else next(iter(self._features.values()), None)
+            if known is not None:
+                return {"features": torch.zeros_like(known)[None]}
             side = image_side(self._image_processor)
             return {"pixels": torch.zeros(1, 3, side, side)}
+        if self._store:
+            return {"features": torch.stack([self._store.get(*key) for key in wanted])}
         if self._features:
             return {"features": torch.stack([self._features[key] for key in wanted])}
         return {"pixels": torch.stack([self.pixels(*key) for key in wanted])}

@@ -6,14 +6,17 @@ can start from cached encoder features, and applies the output head only where a
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from medllava.errors import ConfigError
+from medllava.errors import ConfigError, MissingExtraError
 from medllava.train.batch import Batch
+
+log = logging.getLogger(__name__)
 
 
 class VisionLanguageLoss(nn.Module):
@@ -83,6 +86,28 @@ def check_packing(model: Any) -> None:
             "packing: samples that share a row see one another with these versions of transformers and its attention"
             f" ({model.model.language_model.config._attn_implementation}); set packing to false"
         )
+
+
+def speed_up(model: Any, *, liger: str | bool, compile_layers: bool) -> None:
+    """Liger's kernels and compiled layers for the language model, where there is a GPU; what is asked for and cannot
+    be had is told. Raises MissingExtraError if Liger must be used and is not installed."""
+    language = model.model.language_model
+    if not torch.cuda.is_available():
+        if liger is True or compile_layers:
+            log.info("no CUDA device: liger and compile are left off")
+        return
+    if liger:
+        try:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance as apply_to
+        except (ImportError, OSError, RuntimeError) as error:
+            if liger is True:
+                raise MissingExtraError("liger-kernel", "gpu", error) from error
+            log.info("liger-kernel is not usable (%s); using PyTorch's own", error)
+        else:
+            apply_to(model=language)
+    if compile_layers:
+        for layer in language.layers:
+            layer.compile()
 
 
 def _loss(hidden: torch.Tensor, head: nn.Module, batch: Batch) -> torch.Tensor:

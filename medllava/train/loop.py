@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,8 @@ from tqdm import tqdm
 from medllava.errors import CheckpointError, MedllavaError
 from medllava.train.config import Optim
 from medllava.train.plots import LOG_FILE, Journal, plot_loss
-from medllava.train.saves import Saves
+from medllava.train.saves import ZERO_FOLDER, Saves
+from medllava.train.zero import Zero
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ def schedule(optim: Optim, step: int, steps: int) -> float:
 def fit(
     *, name: str, module: nn.Module, groups: Sequence[Group], optim: Optim, steps: int, batches: Dataset[Any],
     out: Path, saves: Saves, pace: Pace, accelerator: Any, validate: Callable[[], dict[str, float]] | None = None,
-    workers: int = 0,
+    workers: int = 0, zero: Zero | None = None,
 ) -> dict[str, float]:
     """Train ``module``, which maps a micro-batch to its summed loss; item ``step`` of ``batches`` is a list of
     micro-batches (each with ``weight``, ``ids`` and ``to``). Goes on from the newest of ``saves`` if there is one.
@@ -101,8 +103,13 @@ def fit(
     )
     rates = [group.learning_rate for group in groups]
     torch.manual_seed(pace.seed)
-    start = saves.restore(lambda file: _restore(file, parameters, optimizer))
-    wrapped, optimizer = accelerator.prepare(module, optimizer)
+    start = saves.restore(lambda file: _restore(file, parameters, optimizer, zero))
+    if zero:
+        wrapped, optimizer = zero.prepare(module, optimizer)
+        if start:
+            zero.restore(saves.folder(start))
+    else:
+        wrapped, optimizer = accelerator.prepare(module, optimizer)
     wrapped.train()
     device = accelerator.device
     main = accelerator.is_main_process
@@ -120,8 +127,11 @@ def fit(
             factor = schedule(optim, step, steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            loss, weight = _step(wrapped, micro, accelerator, device)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), optim.grad_clip or math.inf))
+            loss, weight = _step(wrapped, micro, accelerator, device, zero)
+            if zero:
+                norm = zero.step()
+            else:
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), optim.grad_clip or math.inf))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 ids = ", ".join(sample for batch in micro for sample in batch.ids)
                 what = "loss" if not math.isfinite(loss) else "gradient"
@@ -135,8 +145,9 @@ def fit(
                     f"{name}: the loss has been exactly 0 for {ZERO_STEPS} steps, up to step {step + 1}; nothing is"
                     " learned: see what is supervised with 'medllava train preview'"
                 )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if not zero:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             losses.append(loss)
             tokens += weight
             samples += sum(len(batch.ids) for batch in micro) * accelerator.num_processes
@@ -164,8 +175,12 @@ def fit(
             figures["step"] = done
             if done < steps and (told.stop or best or done % pace.save_every == 0):
                 before = time.perf_counter()
-                if main:
-                    saves.save(done, partial(_save, done, parameters, optimizer), figures)
+                write_state = partial(_save_zero, done, zero.save(out)) if zero else partial(
+                    _save, done, parameters, optimizer
+                )
+                with zero.gathered() if zero else nullcontext():
+                    if main:
+                        saves.save(done, write_state, figures)
                 since += time.perf_counter() - before  # the pace that is logged is that of the steps alone
             if best:
                 saves.mark_best(done, figures["eval_loss"])
@@ -177,7 +192,9 @@ def fit(
     return figures
 
 
-def _step(wrapped: Any, micro: Sequence[Any], accelerator: Any, device: torch.device) -> tuple[float, int]:
+def _step(
+    wrapped: Any, micro: Sequence[Any], accelerator: Any, device: torch.device, zero: Zero | None = None
+) -> tuple[float, int]:
     """Gradients of one step; the mean loss and the number of supervised tokens (or pairs) over all processes."""
     weight = sum(batch.weight for batch in micro)
     share = 1
@@ -187,9 +204,14 @@ def _step(wrapped: Any, micro: Sequence[Any], accelerator: Any, device: torch.de
         share = accelerator.num_processes
     total = 0.0
     for number, batch in enumerate(micro):
-        with _synchronised(accelerator, wrapped, last=number == len(micro) - 1):
+        last = number == len(micro) - 1
+        if zero:
             loss = wrapped(batch.to(device)) * (share / weight)
-            accelerator.backward(loss)
+            zero.backward(loss, last=last)
+        else:
+            with _synchronised(accelerator, wrapped, last=last):
+                loss = wrapped(batch.to(device)) * (share / weight)
+                accelerator.backward(loss)
         total += float(loss.detach()) / share
     if accelerator.num_processes > 1:
         total = float(accelerator.reduce(torch.tensor(total, device=device), "sum"))
@@ -224,10 +246,26 @@ def _save(step: int, parameters: dict[str, nn.Parameter], optimizer: Any, path: 
     torch.save(state, path)
 
 
-def _restore(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """The step to go on from."""
+def _save_zero(step: int, staging: Path, path: Path) -> None:
+    """The same under ZeRO: what every process has written goes beside the rest."""
+    processes = torch.distributed.get_world_size()
+    torch.save({"step": step, "random": torch.get_rng_state(), "random_cuda": [], "zero": processes}, path)
+    shutil.move(staging, path.parent / ZERO_FOLDER)
+
+
+def _restore(
+    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, zero: Zero | None = None
+) -> int:
+    """The step to go on from. What ZeRO spreads is read later, by :meth:`Zero.restore`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        processes = torch.distributed.get_world_size() if zero else None
+        if state.get("zero") != processes:
+            before = f"--deepspeed and {state['zero']} processes" if "zero" in state else "no --deepspeed"
+            raise CheckpointError(f"{path}: saved with {before}; go on in the same way, or choose another --out")
+        if zero:
+            torch.set_rng_state(state["random"])
+            return int(state["step"])
         if state["weights"].keys() != parameters.keys():
             raise CheckpointError(f"{path}: it was saved with other trained weights; remove it to start anew")
         optimizer.load_state_dict(state["optimizer"])

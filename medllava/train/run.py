@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -53,13 +53,16 @@ from medllava.train.dataset import (
     micro_batches,
     read_samples,
     split_exchanges,
+    useful_share,
 )
-from medllava.train.forward import VisionLanguageLoss, vision_features
+from medllava.train.features import FeatureStore, encoder_key
+from medllava.train.forward import VisionLanguageLoss, check_packing, speed_up, vision_features
 from medllava.train.loop import Group, Pace, fit
 from medllava.train.plots import LOG_FILE
 from medllava.train.saves import Figures, Saves
 from medllava.train.stages import Part, format_table, select
 from medllava.train.validation import answerable, check_held_out, exact_match, validation
+from medllava.train.zero import Zero
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +82,8 @@ class Paths:
     init_from: Path | None = None
     eval_data: Path | None = None
     captions: Path | None = None
+    feature_cache: Path | None = None
+    deepspeed: Path | None = None
 
 
 def run(recipe: AnyRecipe, paths: Paths, *, resume: bool = False, plan: bool = False) -> None:
@@ -315,6 +320,9 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         )
     half = _in_half(recipe.precision)
     accelerator = _accelerator("bf16" if half else "no")
+    zero = None
+    if paths.deepspeed is not None:
+        zero = Zero(paths.deepspeed, half=half, grad_clip=recipe.optim.grad_clip, whole=recipe.stage == "full")
     torch.manual_seed(recipe.seed)
     loaded = checkpoint.load(
         paths.init_from, device=str(accelerator.device), dtype="bfloat16" if half else "float32"
@@ -336,10 +344,17 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
     examples = Examples(wanted, prompts, max_length=recipe.max_length)
     order = Order(
         len(examples), recipe.optim.batch_size, recipe.seed,
-        tuple(examples.lengths) if recipe.length_grouping else None,
+        tuple(examples.lengths) if recipe.length_grouping and not recipe.packing else None,
         kind_weights(examples.samples, recipe.kind_weights),
     )
     steps = _steps(recipe.optim, order)
+    layout: dict[str, Any] = {
+        "accumulate": recipe.optim.accumulate, "row_length": recipe.max_length if recipe.packing else None,
+        "processes": accelerator.num_processes,
+    }
+    useful = useful_share(order, examples.lengths, **layout)
+    log.info("%.1f %% of the computed tokens are useful, the rest is padding; packing: %s", 100 * useful,
+             "on" if recipe.packing else "off")
     evaluation = _held_out(recipe, paths, samples, prompts)
     log.info("%s", _plan_text(recipe, model, table, examples, steps, half=half))
     if plan:
@@ -363,6 +378,9 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         module.train()
 
     module = VisionLanguageLoss(model)
+    if recipe.packing:
+        check_packing(model)
+    speed_up(model, liger=recipe.liger, compile_layers=recipe.compile)
     saves = Saves(paths.out, keep=recipe.keep, write=write, main=accelerator.is_main_process)
     if accelerator.is_main_process:
         trained = {name: value for group in groups for name, value in group.parameters.items()}
@@ -375,9 +393,14 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
     names = list(dict.fromkeys(name for sample in examples.samples for name in sample.images))
     if evaluation is not None:
         names = list(dict.fromkeys([*names, *(name for sample in evaluation.samples for name in sample.images)]))
-    if _worth_caching(recipe, model, len(names), prompts.tokens_per_image):
-        encode = _encoder(model, accelerator)
-        pictures.cache(names, range(4) if recipe.flip else (0,), encode)
+    variants = range(4) if recipe.flip else (0,)
+    if recipe.cache_features == "disk" and not recipe.tower_layers:
+        folder = paths.feature_cache or paths.out / "features"
+        key = encoder_key(model, processor.image_processor)
+        store = FeatureStore(folder, key, rank=accelerator.process_index, processes=accelerator.num_processes)
+        pictures.cache_on_disk(store, names, variants, _encoder(model, accelerator), accelerator.wait_for_everyone)
+    elif _worth_caching(recipe, model, len(names), prompts.tokens_per_image):
+        pictures.cache(names, variants, _encoder(model, accelerator))
     if recipe.gradient_checkpointing:
         # Renamed in transformers 5.2x; the old name warns there.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -387,8 +410,8 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
     pad_id = processor.tokenizer.pad_token_id if processor.tokenizer.pad_token_id is not None else 0
     share: dict[str, Any] = {"pad_id": pad_id, "image_token_id": prompts.image_token_id}
     make = micro_batches(
-        examples, pictures, accumulate=recipe.optim.accumulate, flip_seed=recipe.seed if recipe.flip else None,
-        rank=accelerator.process_index, processes=accelerator.num_processes, **share,
+        examples, pictures, flip_seed=recipe.seed if recipe.flip else None, rank=accelerator.process_index, **layout,
+        **share,
     )
     validate = None
     if evaluation is not None:
@@ -408,13 +431,14 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         name=f"stage {recipe.stage}", module=module, groups=groups, optim=recipe.optim, steps=steps,
         batches=Steps(order, steps, make), out=paths.out, saves=saves,
         pace=Pace(recipe.seed, recipe.log_every, recipe.save_every, recipe.eval_every), accelerator=accelerator,
-        validate=validate, workers=recipe.workers,
+        validate=validate, workers=recipe.workers, zero=zero,
     )
-    if accelerator.is_main_process:
-        write(paths.out, figures)
-        saves.finish(steps)
-        _finish(paths.out, started, {"stage": recipe.stage, "steps": steps, **figures})
-    accelerator.wait_for_everyone()
+    with zero.gathered() if zero else nullcontext():
+        if accelerator.is_main_process:
+            write(paths.out, figures)
+            saves.finish(steps)
+            _finish(paths.out, started, {"stage": recipe.stage, "steps": steps, **figures})
+        accelerator.wait_for_everyone()
 
 
 def _accelerator(mixed_precision: str) -> Any:
@@ -431,11 +455,11 @@ def _steps(optim: Optim, order: Order) -> int:
 def _worth_caching(recipe: TuneRecipe, model: Any, pictures: int, tokens: int) -> bool:
     """Whether the frozen encoder's output is kept in memory. Raises ConfigError if it must but the encoder trains."""
     if recipe.tower_layers:
-        if recipe.cache_features is True:
+        if recipe.cache_features in (True, "disk"):
             raise ConfigError("cache_features needs a frozen vision tower; set tower_layers to 0")
         return False
     if recipe.cache_features != "auto":
-        return recipe.cache_features
+        return bool(recipe.cache_features)
     width = model.model.multi_modal_projector.linear_1.in_features
     needed = pictures * (4 if recipe.flip else 1) * tokens * width * model.dtype.itemsize
     return bool(pictures and needed <= recipe.cache_limit_gb * 1e9)

@@ -20,6 +20,8 @@ from medllava.model.checkpoint import full_disk_told, sync_folder
 log = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
+ZERO_FOLDER = "zero"
+"""Beside it, under DeepSpeed: what every process needs to go on."""
 BEST_FILE = "best.json"
 TRIAL = ".trial.part"
 _STEP = re.compile(r"step-(\d{6,})")
@@ -67,7 +69,7 @@ class Saves:
 
     def save(self, step: int, write_state: Callable[[Path], None], figures: Figures) -> None:
         """Write the checkpoint and the state of ``step``, and drop the saves that are no longer needed."""
-        final = self._folder(step)
+        final = self.folder(step)
         self._out.mkdir(parents=True, exist_ok=True)
         temporary = self._out / f".{final.name}.part"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -95,8 +97,8 @@ class Saves:
     def mark_best(self, step: int, loss: float) -> None:
         """Remember ``step``, just saved or the last of the run, as the one with the lowest validation loss."""
         self._best = step, loss
-        if self._main and self._folder(step).is_dir():
-            self._write_best(self._folder(step).name)
+        if self._main and self.folder(step).is_dir():
+            self._write_best(self.folder(step).name)
             self._prune()
 
     def finish(self, step: int) -> None:
@@ -105,7 +107,7 @@ class Saves:
             self._write_best(".")
         self._prune()
         for _, folder in self._folders():
-            (folder / STATE_FILE).unlink(missing_ok=True)
+            _forget_state(folder)
 
     def clear(self) -> None:
         """Remove every save, for a run that starts anew and for a part of a model that is done."""
@@ -156,7 +158,7 @@ class Saves:
             if new and not any(self._out.iterdir()):
                 self._out.rmdir()
 
-    def _folder(self, step: int) -> Path:
+    def folder(self, step: int) -> Path:
         return self._out / f"step-{step:06d}"
 
     def _folders(self) -> Iterator[tuple[int, Path]]:
@@ -171,7 +173,7 @@ class Saves:
             if place < self._keep:
                 continue
             if self._best and step == self._best[0]:
-                (folder / STATE_FILE).unlink(missing_ok=True)
+                _forget_state(folder)
             else:
                 _remove(folder)
 
@@ -183,8 +185,13 @@ class Saves:
         file = self._out / BEST_FILE
         if file.is_file():
             found = read_json(file)
-            if found["step"] <= start and self._folder(found["step"]).is_dir():
+            if found["step"] <= start and self.folder(found["step"]).is_dir():
                 self._best = found["step"], found["eval_loss"]
+
+
+def _forget_state(folder: Path) -> None:
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / ZERO_FOLDER, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:

@@ -36,9 +36,6 @@ LOOK_AHEAD = 40
 LOOK_AHEAD_BYTES = 150e6
 """Frames decoded before the choice of what to leave undecoded is confirmed; fewer of very large ones."""
 
-PACKETS = 200
-"""Packets looked at, undecoded, to see how frames depend on one another."""
-
 CUT_SHORT_S = 1.5
 """A stream that ends this much before its header says is damaged."""
 
@@ -85,7 +82,6 @@ class VideoReader:
             width, height = reversed(self._shown) if self._turns % 2 else self._shown
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             self.duration_s = _duration_s(container, stream)
-            self._anchor_gap_s = self._gap_between_anchors(container, stream)
             if not self.duration_s:
                 # Streamed recordings (MKV, WebM) are often without.
                 self.duration_s = self._last_packet_s()
@@ -145,12 +141,14 @@ class VideoReader:
         raise DataError(f"{self.path}: holds no video frame")
 
     def _decoded(self) -> Iterator[tuple[av.VideoFrame, float]]:
-        """(frame, seconds) decoded with the coarsest skipping that leaves no gap above LARGEST_GAP_S."""
+        """(frame, seconds), without the frames that no other depends on if that leaves no gap above LARGEST_GAP_S.
+
+        All bidirectional frames would be cheaper to leave out, but others may depend on some of them: the picture then
+        keeps a cursor where it no longer is.
+        """
         # Without time stamps (raw streams) frames can only be counted, and all of them have to be.
-        for skip in ("BIDIR", "NONREF") if self._has_times else ():
-            if skip == "BIDIR" and self._anchor_gap_s > LARGEST_GAP_S:
-                continue
-            frames = self._decode(skip)
+        if self._has_times:
+            frames = self._decode("NONREF")
             held_bytes = 1.5 * self.video.width * self.video.height
             count = max(10, min(LOOK_AHEAD, int(LOOK_AHEAD_BYTES / held_bytes)))
             head = deque(islice(frames, count))
@@ -162,16 +160,6 @@ class VideoReader:
                 return
             frames.close()
         yield from self._decode("DEFAULT")
-
-    def _gap_between_anchors(self, container: Any, stream: Any) -> float:
-        """Usual longest gap if bidirectionally predicted frames are left out, from the first packets' time stamps."""
-        newest, gaps = -1.0, []
-        for packet in islice(container.demux(stream), PACKETS):
-            # Packets come in decoding order: one that is later than all before it is no B-frame.
-            if packet.pts is not None and (time_s := float(packet.pts * packet.time_base)) > newest:
-                gaps.append(time_s - newest)
-                newest = time_s
-        return float(np.quantile(gaps[1:], 0.95)) if len(gaps) > 1 else 0.0
 
     def _decode(self, skip: str) -> Any:
         with self._open() as container:

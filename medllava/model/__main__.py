@@ -1,4 +1,4 @@
-"""``python -m medllava.model inspect | merge | export | convert | tiny``: formats in and out.
+"""``python -m medllava.model inspect | merge | export | convert | assemble | tiny``: formats in and out.
 
 example: python -m medllava.model merge demo-out/stage2 demo-out/merged
 """
@@ -37,6 +37,16 @@ def main(argv: list[str] | None = None) -> int:
             add("--base", metavar="DIR", type=Path, help="language model of a LoRA or projector folder")
             add("--vision-tower", metavar="DIR", type=Path, help="image encoder, if not where it is named")
             add("--chat-format", default="vicuna_v1", help="how it was trained to chat (default: %(default)s)")
+    assemble = steps.add_parser(
+        "assemble", help="join an image encoder and a language model: what stage 1 starts from",
+        epilog="example: medllava model assemble --vision-tower siglip2 --language qwen3-8b start",
+    )
+    assemble.add_argument("target", metavar="DST", type=Path)
+    assemble.add_argument("--vision-tower", metavar="DIR", required=True, help="CLIP or SigLIP: folder or hub id")
+    assemble.add_argument("--language", metavar="DIR", required=True, help="language model: folder or hub id")
+    assemble.add_argument("--chat-format", help="default: template (the language model's own), if it has one")
+    assemble.add_argument("--feature-layer", type=int, default=-2, help="of the encoder (default: %(default)s)")
+    assemble.add_argument("--seed", type=int, default=0, help="of the untrained projector")
     tiny = steps.add_parser(
         "tiny", help="a checkpoint with random weights, for trying the other commands",
         epilog="example: medllava model tiny tiny-checkpoint",
@@ -51,6 +61,14 @@ def main(argv: list[str] | None = None) -> int:
 
         _refuse_existing(arguments.target)
         tiny_checkpoint(arguments.target, seed=arguments.seed)
+    elif arguments.step == "assemble":
+        from medllava.model.assemble import assemble as join
+
+        _refuse_existing(arguments.target)
+        join(
+            arguments.vision_tower, arguments.language, arguments.target, chat_format=arguments.chat_format,
+            feature_layer=arguments.feature_layer, seed=arguments.seed,
+        )
     elif arguments.step == "convert":
         from medllava.model.convert import convert
 

@@ -144,7 +144,7 @@ def _pickled(path: Path) -> Tensors:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: holds something else than tensors; refused, nothing of it was run") from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged, cut off or not a file of tensors ({_short(error)})") from error
+        raise CheckpointError(f"{path}: damaged, cut off or not a file of tensors ({short(error)})") from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise CheckpointError(f"{path}: expected names and tensors")
     return found
@@ -209,19 +209,28 @@ def _merge_adapter(tensors: Tensors, adapter: Path, source: Path) -> None:
 
 def _tower(source: Path, config: dict[str, Any], folder: Path | None) -> tuple[Any, Any]:
     """The image encoder with its weights, and its image processor."""
-    from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, SiglipVisionModel
-
     named = str(config["mm_vision_tower"])
     beside = source.parent / named
-    place: Path | str = folder or (beside if beside.is_dir() else Path(named) if Path(named).is_dir() else named)
+    return open_tower(folder or (beside if beside.is_dir() else Path(named) if Path(named).is_dir() else named))
+
+
+def open_tower(place: Path | str) -> tuple[Any, Any]:
+    """A CLIP or SigLIP image encoder (also out of a folder that holds the text encoder, too), and its image processor.
+
+    Raises CheckpointError."""
+    from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, SiglipVisionModel
+
     try:
-        kind = AutoConfig.from_pretrained(place).model_type
-        family = SiglipVisionModel if "siglip" in kind else CLIPVisionModel
+        kind = str(AutoConfig.from_pretrained(place).model_type)
+        families = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+        family = families.get(kind.removesuffix("_vision_model"))
+        if family is None:
+            raise CheckpointError(f"vision tower {place}: model_type is {kind!r}; known: {', '.join(families)}")
         tower, report = family.from_pretrained(place, output_loading_info=True)
         image_processor = AutoImageProcessor.from_pretrained(place, backend="pil")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"vision tower {place}: cannot be opened ({_short(error)}); give its folder with --vision-tower DIR"
+            f"vision tower {place}: cannot be opened ({short(error)}); give its folder with --vision-tower DIR"
         ) from error
     if report["missing_keys"] or report["mismatched_keys"]:
         names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
@@ -237,7 +246,7 @@ def _assembled(
 ) -> tuple[Any, Any]:
     from transformers import CONFIG_MAPPING, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-    tokenizer = _tokenizer(source if (source / "tokenizer_config.json").is_file() else language)
+    tokenizer = open_tokenizer(source if (source / "tokenizer_config.json").is_file() else language)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.image_token = "<image>"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
@@ -249,7 +258,7 @@ def _assembled(
         raise CheckpointError(f"{language}: no word embedding (model.embed_tokens.weight) among the weights")
     tensors.setdefault("lm_head.weight", tensors[embedding])  # tied weights are stored once
     for name in (embedding, "lm_head.weight"):
-        tensors[name] = _with_rows(tensors[name], image_id + 1)
+        tensors[name] = with_rows(tensors[name], image_id + 1)
 
     family = CONFIG_MAPPING[_TEXT_MODELS[config["model_type"]]]
     text = family.from_dict({
@@ -290,20 +299,21 @@ def _assembled(
     return model, processor
 
 
-def _tokenizer(folder: Path) -> Any:
+def open_tokenizer(folder: Path | str) -> Any:
     """As the class that the folder's tokenizer names: told by the config of a LLaVA model, transformers takes a general
     one, which leaves out the space in front of a text."""
     import transformers
 
     try:
-        name = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class"))
+        named = Path(folder) / "tokenizer_config.json"  # a hub id has none here
+        name = str(read_json(named).get("tokenizer_class")) if named.is_file() else ""
         family = getattr(transformers, name, transformers.AutoTokenizer)
         return family.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer cannot be opened ({_short(error)})") from error
+        raise CheckpointError(f"{folder}: its tokenizer cannot be opened ({short(error)})") from error
 
 
-def _with_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
+def with_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     """Rows for new tokens, each the mean of the others: as an output its score is the mean score, never the best."""
     if weight.shape[0] >= rows:
         return weight
@@ -370,5 +380,5 @@ def _hashes(tensors: Iterable[tuple[str, torch.Tensor]]) -> Counter[str]:
     return found
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -151,10 +151,11 @@ def _pickled(path: Path) -> Tensors:
 
 
 def _renamed(tensors: Tensors) -> Tensors:
-    """Original names -> those of a LlavaForConditionalGeneration. Rotary tables are computed, so they are left out."""
+    """Original names -> those of a LlavaForConditionalGeneration. Tables that are computed are left out: of the rotary
+    embedding, and of position numbers."""
     renamed = {}
     for name, tensor in tensors.items():
-        if name.endswith("rotary_emb.inv_freq"):
+        if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
             continue
         plain = name.removeprefix("base_model.")
         plain = plain.removeprefix("model.") if plain.startswith(("model.model.", "model.lm_head.")) else plain

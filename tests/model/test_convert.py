@@ -122,6 +122,7 @@ def test_the_tower_s_own_weights_count_only_if_it_was_trained(original: Original
         f"model.vision_tower.vision_tower.{name if name.startswith('vision_model.') else f'vision_model.{name}'}":
             value + 1 for name, value in original.tower.state_dict().items()
     }
+    changed["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
     source = original.full()
     weights = torch.load(source / "pytorch_model.bin") | changed
     for trained, wanted in ((False, 0.0), (True, 1.0)):

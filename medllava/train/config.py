@@ -208,6 +208,12 @@ class TuneRecipe(_Stage):
             raise ValueError("quantize needs a frozen language model; use stage lora")
         return self
 
+    @model_validator(mode="after")
+    def _kept_is_frozen(self) -> TuneRecipe:
+        if self.tower_layers and self.cache_features in (True, "disk"):
+            raise ValueError("cache_features needs a frozen vision tower; set it to auto, or tower_layers to 0")
+        return self
+
 
 AnyRecipe = FoundationRecipe | ContrastiveRecipe | TuneRecipe
 

@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--deepspeed", type=Path, help="DeepSpeed configuration, e.g. train/deepspeed/zero2.json")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
     parser.add_argument("--plan", action="store_true", help="say what trains, tokens, steps and memory, and stop")
+    parser.add_argument("--gpu", help="with --plan: name of the GPU to plan for, e.g. H200 (default: this machine's)")
+    parser.add_argument("--devices", type=int, help="with --plan: how many (default: processes of torchrun, or 1)")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too (nothing is sent without this)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     given = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -58,7 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     from medllava.train.run import Paths, run
 
     paths = Paths(given.data, images, given.out, given.init_from, given.eval_data, given.captions)
-    paths = replace(paths, feature_cache=given.feature_cache, deepspeed=given.deepspeed)
+    paths = replace(
+        paths, feature_cache=given.feature_cache, deepspeed=given.deepspeed, gpu=given.gpu, wandb=given.wandb,
+        devices=given.devices or int(os.environ.get("WORLD_SIZE", "1")),
+    )
     try:
         run(recipe, paths, resume=given.resume, plan=given.plan)
     except Stopped as stopped:

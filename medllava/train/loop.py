@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from medllava.errors import CheckpointError, MedllavaError
 from medllava.train.config import Optim
+from medllava.train.cost import Work
 from medllava.train.plots import LOG_FILE, Journal, plot_loss
 from medllava.train.saves import ZERO_FOLDER, Saves
 from medllava.train.zero import Zero
@@ -79,12 +80,13 @@ def schedule(optim: Optim, step: int, steps: int) -> float:
 def fit(
     *, name: str, module: nn.Module, groups: Sequence[Group], optim: Optim, steps: int, batches: Dataset[Any],
     out: Path, saves: Saves, pace: Pace, accelerator: Any, validate: Callable[[], dict[str, float]] | None = None,
-    workers: int = 0, zero: Zero | None = None,
+    workers: int = 0, zero: Zero | None = None, work: Work | None = None, wandb: str | None = None,
 ) -> dict[str, float]:
     """Train ``module``, which maps a micro-batch to its summed loss; item ``step`` of ``batches`` is a list of
     micro-batches (each with ``weight``, ``ids`` and ``to``). Goes on from the newest of ``saves`` if there is one.
 
     validate: figures on held-out samples, ``eval_loss`` among them; the step with the lowest is saved and kept.
+    work: what a step costs, for tokens per second and MFU in the log. wandb: project of Weights & Biases to log to.
     Writes ``train_log.jsonl``, ``tensorboard/`` and ``loss.png`` into ``out``; returns the last logged loss and figures
     of ``validate``. Raises MedllavaError when a loss or gradient is not finite, or the loss stays 0; Stopped
     after SIGTERM.
@@ -115,12 +117,13 @@ def fit(
     main = accelerator.is_main_process
     losses: list[float] = []
     figures: dict[str, float] = {"step": start}
-    tokens = samples = zeros = 0
+    tokens = samples = zeros = seen = 0
+    operations = 0.0
     best = False
     since = time.perf_counter()
     loader = _load(batches, start, steps, workers)
     with (
-        _told_to_stop() as told, Journal(out, start, enabled=main) as journal,
+        _told_to_stop() as told, Journal(out, start, enabled=main, wandb=wandb) as journal,
         tqdm(total=steps, initial=start, desc=name, unit="step", mininterval=0.5, disable=not main) as bar,
     ):
         for step, micro in enumerate(loader, start=start):
@@ -151,6 +154,9 @@ def fit(
             losses.append(loss)
             tokens += weight
             samples += sum(len(batch.ids) for batch in micro) * accelerator.num_processes
+            if work:
+                seen += sum(batch.tokens for batch in micro) * accelerator.num_processes
+                operations += work.of(micro)
             bar.update()
             done = step + 1
             judge = bool(validate and pace.eval_every and (done % pace.eval_every == 0 or done == steps))
@@ -161,6 +167,10 @@ def fit(
                     "supervised_tokens": tokens, "samples": samples,
                     "lr": {group.name: rate * factor for group, rate in zip(groups, rates, strict=True)},
                 }
+                row["samples_per_s"] = round(samples / seconds, 3)
+                if work:
+                    row["tokens_per_s"] = round(seen / seconds, 1)
+                    row["mfu"] = round(operations / seconds / work.peak, 4) if work.peak else None
                 figures["loss"] = row["loss"]
                 if validate and judge:
                     judged = validate()
@@ -170,8 +180,9 @@ def fit(
                     best = saves.is_best(judged["eval_loss"])
                 if main:
                     journal.add(row)
-                    bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
-                losses, tokens, samples, since = [], 0, 0, time.perf_counter()
+                    bar.set_postfix_str(_short(row), refresh=False)
+                losses, tokens, samples, seen, operations = [], 0, 0, 0, 0.0
+                since = time.perf_counter()
             figures["step"] = done
             if done < steps and (told.stop or best or done % pace.save_every == 0):
                 before = time.perf_counter()
@@ -190,6 +201,14 @@ def fit(
     if main:
         plot_loss(out / LOG_FILE, out / "loss.png", name)
     return figures
+
+
+def _short(row: dict[str, Any]) -> str:
+    told = [f"loss {row['loss']:.4f}"]
+    if "tokens_per_s" in row:
+        told.append(f"{row['tokens_per_s']:.0f} tokens/s")
+        told.append("MFU n/a" if row["mfu"] is None else f"MFU {100 * row['mfu']:.1f} %")
+    return ", ".join(told)
 
 
 def _step(

@@ -28,7 +28,7 @@ def machine(devices: int, name: str | None, zero: int = 0) -> Machine:
     """``name``: of a GPU; None for this machine's. Raises ConfigError if it is not known."""
     device = this_device() if name is None else known_device(name)
     if name is not None and device is None:
-        raise ConfigError(f"--gpu {name}: not a GPU whose peak and memory are known; try H200, H100, A100, L40S, RTX 4090")
+        raise ConfigError(f"--gpu {name}: its peak and memory are not known; known are H200, H100, A100, RTX 4090, ...")
     return Machine(devices, device, zero)
 
 
@@ -47,9 +47,9 @@ def plan_text(
     need = _memory(recipe, outline, examples, order, on, half=half)
     spread = f", ZeRO-{on.zero}" if on.zero else ""
     lines.append(
-        f"memory per device ({on.devices}{spread}), at most: about {need.total / 1e9:.2f} GB (weights"
-        f" {need.weights / 1e9:.2f}, gradients {need.gradients / 1e9:.2f}, AdamW {need.optimizer / 1e9:.2f}, activations"
-        f" {need.activations / 1e9:.2f})"
+        f"memory per device ({on.devices}{spread}), at most: about {need.total / 1e9:.2f} GB"
+        f" (weights {need.weights / 1e9:.2f}, gradients {need.gradients / 1e9:.2f}, AdamW {need.optimizer / 1e9:.2f},"
+        f" activations {need.activations / 1e9:.2f})"
     )
     if on.device:
         lines.append(_fit(recipe, outline, examples, order, on, half=half))
@@ -73,7 +73,7 @@ def _padding(recipe: TuneRecipe, examples: Examples, order: Order, on: Machine) 
     packed = 1 - useful_share(order, examples.lengths, row_length=recipe.max_length, **layout)
     first, second = ("on", "off") if recipe.packing else ("off", "on")
     now, other = (packed, apart) if recipe.packing else (apart, packed)
-    return f"padding: {100 * now:.1f} % of the computed tokens with packing {first}, {100 * other:.1f} % with it {second}"
+    return f"padding: {100 * now:.1f} % of the computed tokens (packing {first}; {second}: {100 * other:.1f} %)"
 
 
 def _memory(
@@ -107,8 +107,8 @@ def _fit(recipe: TuneRecipe, outline: Any, examples: Examples, order: Order, on:
         tried += [(value, True, "nf4") for value in pieces]
     for accumulate, checkpointing, quantize in tried:
         changes = {
-            "optim": recipe.optim.model_copy(update={"accumulate": accumulate}), "gradient_checkpointing": checkpointing,
-            "quantize": quantize,
+            "optim": recipe.optim.model_copy(update={"accumulate": accumulate}),
+            "gradient_checkpointing": checkpointing, "quantize": quantize,
         }
         changed = recipe.model_copy(update=changes)
         if _memory(changed, outline, examples, order, on, half=half).total > room:
@@ -117,4 +117,4 @@ def _fit(recipe: TuneRecipe, outline: Any, examples: Examples, order: Order, on:
         told += ["gradient_checkpointing=true"] if checkpointing != recipe.gradient_checkpointing else []
         told += [f"quantize={quantize}"] if quantize != recipe.quantize else []
         return f"{what}: it fits with {' '.join(told)}" if told else f"{what}: it fits"
-    return f"{what}: it does not fit, whatever accumulate, gradient_checkpointing and quantize; use more devices with ZeRO"
+    return f"{what}: it fits with no accumulate, gradient_checkpointing and quantize; use more devices with ZeRO"

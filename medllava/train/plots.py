@@ -114,12 +114,19 @@ class Journal:
             self._tracker.finish(exit_code=int(error[:1] != (None,)))
 
 
-def _track(project: str, out: Path) -> Any:
-    """The run at Weights & Biases; a resumed one goes on under its own id, kept in ``wandb-id.txt``."""
+def check_wandb() -> None:
+    """Raises MissingExtraError if the package cannot be used."""
     try:
-        import wandb
+        import wandb  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         raise MissingExtraError("wandb", "wandb", error) from error
+
+
+def _track(project: str, out: Path) -> Any:
+    """The run at Weights & Biases; a resumed one goes on under its own id, kept in ``wandb-id.txt``."""
+    check_wandb()
+    import wandb
+
     file = out / "wandb-id.txt"
     name = file.read_text(encoding="utf-8").strip() if file.is_file() else secrets.token_hex(8)
     with atomic_write(file) as opened:

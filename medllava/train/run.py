@@ -43,6 +43,7 @@ from medllava.train.contrastive_tune import (
     prove_encoder,
     save_encoder,
 )
+from medllava.train.cost import this_device, work
 from medllava.train.dataset import (
     Examples,
     Order,
@@ -53,14 +54,14 @@ from medllava.train.dataset import (
     micro_batches,
     read_samples,
     split_exchanges,
-    useful_share,
 )
 from medllava.train.features import FeatureStore, encoder_key
 from medllava.train.forward import VisionLanguageLoss, check_packing, speed_up, vision_features
 from medllava.train.loop import Group, Pace, fit
-from medllava.train.plots import LOG_FILE
+from medllava.train.plan import machine, plan_text
+from medllava.train.plots import LOG_FILE, check_wandb
 from medllava.train.saves import Figures, Saves
-from medllava.train.stages import Part, format_table, select
+from medllava.train.stages import Part, check_adapters, format_table, select
 from medllava.train.validation import answerable, check_held_out, exact_match, validation
 from medllava.train.zero import Zero
 
@@ -74,7 +75,10 @@ _BOOKKEEPING = ("log_every", "save_every", "keep", "eval_every", "eval_answers",
 
 @dataclass(frozen=True)
 class Paths:
-    """What differs on each machine: data file (LLaVA JSON), image folder, output, checkpoint to start from."""
+    """What differs on each machine: data file (LLaVA JSON), image folder, output, checkpoint to start from.
+
+    devices, gpu: how many, and of which name, a plan is for. wandb: project of Weights & Biases to log to.
+    """
 
     data: Path
     images: Path
@@ -83,6 +87,9 @@ class Paths:
     eval_data: Path | None = None
     captions: Path | None = None
     feature_cache: Path | None = None
+    devices: int = 1
+    gpu: str | None = None
+    wandb: str | None = None
     deepspeed: Path | None = None
 
 
@@ -91,6 +98,8 @@ def run(recipe: AnyRecipe, paths: Paths, *, resume: bool = False, plan: bool = F
 
     Raises ConfigError, DataError, CheckpointError before the first step; MedllavaError from the loop.
     """
+    if paths.wandb:
+        check_wandb()
     if isinstance(recipe, ContrastiveRecipe):
         samples: list[InstructionSample] = []
     else:
@@ -312,24 +321,22 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
     started = time.monotonic()
     if paths.init_from is None:
         raise ConfigError(f"stage {recipe.stage} starts from a checkpoint: add --init-from FOLDER")
-    source = checkpoint.describe(paths.init_from)
-    if source.kind == "lora" and recipe.stage != "full":
+    source, processor, base = checkpoint.verify(paths.init_from)
+    again = source.kind == "lora" and recipe.stage == "lora"
+    if source.kind == "lora" and recipe.stage == "projector":
         raise ConfigError(
             f"{paths.init_from} is a LoRA checkpoint; fold it into its base first: python -m medllava.model merge"
             f" {paths.init_from} MERGED, then --init-from MERGED"
         )
-    half = _in_half(recipe.precision)
-    accelerator = _accelerator("bf16" if half else "no")
-    zero = None
-    if paths.deepspeed is not None:
-        zero = Zero(paths.deepspeed, half=half, grad_clip=recipe.optim.grad_clip, whole=recipe.stage == "full")
-    torch.manual_seed(recipe.seed)
-    loaded = checkpoint.load(
-        paths.init_from, device=str(accelerator.device), dtype="bfloat16" if half else "float32"
-    )
-    model, processor = loaded.model, loaded.processor
-    wrapped, groups, table = select(model, recipe)
+    # What trains, the samples and the plan need the model's shapes alone: a mistake is told before gigabytes are read.
+    outline = checkpoint.skeleton(base, source.revision)
+    adapted = checkpoint.add_adapters(outline, paths.init_from) if again else None
+    if adapted is not None:
+        check_adapters(adapted, recipe, paths.init_from)
+        log.info("%s: going on with its adapters, on its base", paths.init_from)
+    _, _, table = select(outline, recipe, adapted)
     log.info("stage %s from %s\n%s", recipe.stage, paths.init_from, format_table(table))
+    half = _in_half(recipe.precision)
 
     chat_format = recipe.chat_format or source.chat_format
     prompts = PromptBuilder(
@@ -348,31 +355,54 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         kind_weights(examples.samples, recipe.kind_weights),
     )
     steps = _steps(recipe.optim, order)
+    evaluation = _held_out(recipe, paths, samples, prompts)
+    pictures = Pictures(paths.images, processor.image_processor)
+    names = [name for part in (examples, evaluation) if part for sample in part.samples for name in sample.images]
+    names = list(dict.fromkeys(names))
+    cached = _worth_caching(recipe, outline, len(names), prompts.tokens_per_image, 2 if half else 4)
+    auto = recipe.precision == "auto"
+    log.info("%s", plan_text(
+        recipe, outline, examples, order, steps, machine(paths.devices, paths.gpu, _zero_stage(paths.deepspeed)),
+        image_tokens=prompts.tokens_per_image, cached=cached, half=half or (paths.gpu is not None and auto),
+    ))
+    if plan:
+        return
+
+    accelerator = _accelerator("bf16" if half else "no")
+    zero = None
+    if paths.deepspeed is not None:
+        zero = Zero(paths.deepspeed, half=half, grad_clip=recipe.optim.grad_clip, whole=recipe.stage == "full")
+        if zero.stage == 3 and recipe.quantize:
+            raise ConfigError("quantized weights cannot be spread over processes; use train/deepspeed/zero2.json")
+    torch.manual_seed(recipe.seed)
+    loaded = checkpoint.load(
+        paths.init_from, device=str(accelerator.device), dtype="bfloat16" if half else "float32", merge=not again,
+        load_4bit=recipe.quantize == "nf4", load_8bit=recipe.quantize == "int8",
+    )
+    model = loaded.model.get_base_model() if again else loaded.model
+    wrapped, groups, _ = select(model, recipe, loaded.model if again else None)
     layout: dict[str, Any] = {
         "accumulate": recipe.optim.accumulate, "row_length": recipe.max_length if recipe.packing else None,
         "processes": accelerator.num_processes,
     }
-    useful = useful_share(order, examples.lengths, **layout)
-    log.info("%.1f %% of the computed tokens are useful, the rest is padding; packing: %s", 100 * useful,
-             "on" if recipe.packing else "off")
-    evaluation = _held_out(recipe, paths, samples, prompts)
-    log.info("%s", _plan_text(recipe, model, table, examples, steps, half=half))
-    if plan:
-        return
 
     # Stage 1's own format has no questions; its checkpoint is talked to in the format of its base.
     facts = _facts(recipe, paths, training_mpp=recipe.training_mpp or source.training_mpp)
     facts["single_exchange"] = recipe.split_exchanges
+    facts["quantized"] = recipe.quantize
     facts["chat_format"] = source.chat_format if chat_format == "plain" else chat_format
     base = loaded.base or paths.init_from
+    trained = {name: value for group in groups for name, value in group.parameters.items()}
+    own_tower = [name.partition("vision_tower.")[2] for name in trained if name.startswith("model.vision_tower.")]
+    tower = sorted({*own_tower, *loaded.tower})  # what the start had of its own is no more the base's now
 
     def write(folder: Path, figures: Figures) -> None:
         model.eval()
         known = facts | {"figures": dict(figures)}
         if recipe.stage == "projector":
-            checkpoint.save_projector(folder, model, processor, base=base, **known)
+            checkpoint.save_projector(folder, model, processor, base=base, tower=tower, **known)
         elif recipe.stage == "lora":
-            checkpoint.save_lora(folder, wrapped, processor, base=base, **known)
+            checkpoint.save_lora(folder, wrapped, processor, base=base, tower=tower, **known)
         else:
             checkpoint.save_full(folder, model, processor, **known)
         module.train()
@@ -383,23 +413,18 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
     speed_up(model, liger=recipe.liger, compile_layers=recipe.compile)
     saves = Saves(paths.out, keep=recipe.keep, write=write, main=accelerator.is_main_process)
     if accelerator.is_main_process:
-        trained = {name: value for group in groups for name, value in group.parameters.items()}
         saves.sweep()
         saves.check_room(_saved_bytes(model, trained, recipe.stage), 3 * sum(4 * p.numel() for p in trained.values()))
         saves.trial(lambda folder: checkpoint.prove(folder, trained))
     _begin(recipe, paths, table)
 
-    pictures = Pictures(paths.images, processor.image_processor)
-    names = list(dict.fromkeys(name for sample in examples.samples for name in sample.images))
-    if evaluation is not None:
-        names = list(dict.fromkeys([*names, *(name for sample in evaluation.samples for name in sample.images)]))
     variants = range(4) if recipe.flip else (0,)
-    if recipe.cache_features == "disk" and not recipe.tower_layers:
+    if recipe.cache_features == "disk":
         folder = paths.feature_cache or paths.out / "features"
         key = encoder_key(model, processor.image_processor)
         store = FeatureStore(folder, key, rank=accelerator.process_index, processes=accelerator.num_processes)
         pictures.cache_on_disk(store, names, variants, _encoder(model, accelerator), accelerator.wait_for_everyone)
-    elif _worth_caching(recipe, model, len(names), prompts.tokens_per_image):
+    elif cached:
         pictures.cache(names, variants, _encoder(model, accelerator))
     if recipe.gradient_checkpointing:
         # Renamed in transformers 5.2x; the old name warns there.
@@ -431,7 +456,10 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         name=f"stage {recipe.stage}", module=module, groups=groups, optim=recipe.optim, steps=steps,
         batches=Steps(order, steps, make), out=paths.out, saves=saves,
         pace=Pace(recipe.seed, recipe.log_every, recipe.save_every, recipe.eval_every), accelerator=accelerator,
-        validate=validate, workers=recipe.workers, zero=zero,
+        validate=validate, workers=recipe.workers, zero=zero, wandb=paths.wandb, work=work(
+            model, lengths=examples.lengths, image_tokens=prompts.tokens_per_image, cached=cached,
+            peak=known.peak if half and (known := this_device()) else None,
+        ),
     )
     with zero.gathered() if zero else nullcontext():
         if accelerator.is_main_process:
@@ -452,16 +480,14 @@ def _steps(optim: Optim, order: Order) -> int:
     return optim.steps or max(1, math.ceil(float(optim.epochs or 0) * order.batches_per_epoch()))
 
 
-def _worth_caching(recipe: TuneRecipe, model: Any, pictures: int, tokens: int) -> bool:
-    """Whether the frozen encoder's output is kept in memory. Raises ConfigError if it must but the encoder trains."""
+def _worth_caching(recipe: TuneRecipe, model: Any, pictures: int, tokens: int, element: int) -> bool:
+    """Whether the frozen encoder's output, of numbers of ``element`` bytes, is kept."""
     if recipe.tower_layers:
-        if recipe.cache_features in (True, "disk"):
-            raise ConfigError("cache_features needs a frozen vision tower; set tower_layers to 0")
         return False
     if recipe.cache_features != "auto":
         return bool(recipe.cache_features)
     width = model.model.multi_modal_projector.linear_1.in_features
-    needed = pictures * (4 if recipe.flip else 1) * tokens * width * model.dtype.itemsize
+    needed = pictures * (4 if recipe.flip else 1) * tokens * width * element
     return bool(pictures and needed <= recipe.cache_limit_gb * 1e9)
 
 
@@ -498,29 +524,11 @@ def _saved_bytes(model: Any, trained: dict[str, torch.nn.Parameter], stage: str)
     return sum(value.numel() * value.element_size() for value in written.values())
 
 
-def _plan_text(
-    recipe: TuneRecipe, model: Any, table: Sequence[Part], examples: Examples, steps: int, *, half: bool
-) -> str:
-    """Tokens, steps and a rough memory need, from sizes alone."""
-    tokens = sum(examples.lengths)
-    longest = max(examples.lengths)
-    mean = tokens / len(examples)
-    per_step = recipe.optim.batch_size / recipe.optim.accumulate
-    text = model.config.get_text_config()
-    element = 2 if half else 4
-    weights = sum(part.parameters for part in table) * element
-    trained = sum(part.trainable for part in table)
-    # Kept for the backward pass, elements per token and layer: about 16 widths and 3 MLP widths; checkpointed: one.
-    layer = text.hidden_size if recipe.gradient_checkpointing else 16 * text.hidden_size + 3 * text.intermediate_size
-    kept = per_step * longest * (layer * text.num_hidden_layers * element + text.vocab_size * 4)
-    total = (weights + trained * 12 + kept) / 1e9
-    epochs = steps * recipe.optim.batch_size / len(examples)
-    return (
-        f"{len(examples)} samples, {tokens} tokens per epoch ({examples.supervised} supervised; mean {mean:.0f},"
-        f" longest {longest}); {steps} steps of {recipe.optim.batch_size} samples = {epochs:.2f} epochs;"
-        f" about {total:.2f} GB of memory (weights {weights / 1e9:.2f}, gradients and AdamW {trained * 12 / 1e9:.2f},"
-        f" activations up to {kept / 1e9:.2f})"
-    )
+def _zero_stage(file: Path | None) -> int:
+    if file is None:
+        return 0
+    settings = read_json(file)
+    return int(settings.get("zero_optimization", {}).get("stage", 0)) if isinstance(settings, dict) else 0
 
 
 def _all_texts(samples: Sequence[InstructionSample]) -> Iterator[str]:

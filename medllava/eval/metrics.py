@@ -67,7 +67,7 @@ def estimate(
     return Estimate(value, float(low), float(high))
 
 
-def _bounded(scores: Sequence[float], groups: Sequence[str], found: Estimate) -> Estimate:
+def bounded(scores: Sequence[float], groups: Sequence[str], found: Estimate) -> Estimate:
     """Where every score is 1 (or 0) a bootstrap cannot vary and would claim certainty: give the exact (Clopper-Pearson)
     bound for that many independent groups instead."""
     number = len(set(groups))
@@ -165,7 +165,7 @@ def metric(name: str, rows: Sequence[Row], *, seed: int = 0) -> Metric:
     groups = [row.question.group for row, _ in scored]
     found = estimate(scores, groups, [_stratum(name, row.question) for row, _ in scored], seed=seed)
     if name in RIGHT_OR_WRONG:
-        found = _bounded(scores, groups, found)
+        found = bounded(scores, groups, found)
     return Metric(value=found.value, low=found.low, high=found.high, n=len(scored), unscored=len(rows) - len(scored))
 
 

@@ -33,7 +33,7 @@ def assemble(
     tokenizer = open_tokenizer(language)
     if chat_format is None:
         if not tokenizer.chat_template:
-            raise ConfigError(f"{language}: its tokenizer has no chat template; add --chat-format vicuna_v1, or another")
+            raise ConfigError(f"{language}: its tokenizer has no chat template; add --chat-format, e.g. vicuna_v1")
         chat_format = "template"
     if chat_format not in (*TEMPLATES, "template"):
         raise ConfigError(f"--chat-format {chat_format}: choose one of {', '.join((*TEMPLATES, 'template'))}")

@@ -80,7 +80,9 @@ def load_encoder(folder: Path, *, device: str | None = None) -> ImageTextEncoder
     Raises CheckpointError if it does not hold such a model, or a tensor is missing or misfits.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; expected a Hugging Face folder of a CLIP or SigLIP model")
     try:

@@ -18,7 +18,7 @@ from medllava.train.config import TuneRecipe, load_training_recipe
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 FOUND = sorted(RECIPES.glob("*.yaml"))
-TINY = ["optim.epochs=null", "optim.steps=2", "optim.batch_size=4", "workers=0", "precision=float32"]
+TINY = ["optim.epochs=null", "optim.steps=2", "optim.batch_size=4", "optim.accumulate=2", "workers=0"]
 CHATML = (
     "{% for turn in messages %}{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -80,7 +80,7 @@ def test_it_plans_and_trains_two_steps(
     recipe = load_training_recipe(path, [])
     if recipe.stage == "foundation":
         return  # run by the fixture, with fewer steps and at a smaller size
-    extra = list(TINY)
+    extra = [*TINY, "precision=float32"]
     if recipe.stage == "contrastive":
         if base != "clip_llama":
             return  # tests/train/test_contrastive_tune.py trains a SigLIP

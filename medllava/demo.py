@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,13 +37,17 @@ SUMMARY = ("where", "yes_no", "what", "count", "box_iou")
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the street. ``minutes`` is its usual time on two cores, for the estimate of what is left."""
+    """One command of the street. ``minutes`` is its usual time on two cores, for the estimate of what is left.
+
+    ``folder``: of ``out``, if the command goes on there only with what it began with.
+    """
 
     name: str
     title: str
     command: list[str]
     minutes: float
     needs_teacher: bool = False
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,13 +107,15 @@ def plan(out: Path, seed: int, size: Size) -> list[Step]:
             "instruct_gen", "generate", "--captions", str(out / "narrated" / "captions.jsonl"), "--out", str(data),
             "--config", str(ROOT / "instruct_gen" / "recipes" / "demo.yaml"), "--base-url", "TEACHER",
         ], 0.5, needs_teacher=True),
-        Step("stage0", "foundation: image encoder and language model, from scratch", train("stage0"), 5.0),
+        Step("stage0", "foundation: image encoder and language model, from scratch", train(
+            "stage0"
+        ), 5.0, folder="stage0"),
         Step("stage1", "instruction tuning, stage 1: projector only", train(
             "stage1", "--init-from", str(out / "stage0")
-        ), 0.3),
+        ), 0.3, folder="stage1"),
         Step("stage2", "instruction tuning, stage 2: projector and LoRA", train(
             "stage2", "--init-from", str(out / "stage1"), "--eval-data", str(data / "val.json")
-        ), 1.7),
+        ), 1.7, folder="stage2"),
         Step("questions", "questions about the held-out videos, from their truth", [
             "phantom.questions", "--videos", str(held_videos), "--narratives",
             str(held / "narrated" / "narratives.jsonl"), "--out", str(held / "questions.jsonl"), "--seed", str(seed),
@@ -118,7 +125,7 @@ def plan(out: Path, seed: int, size: Size) -> list[Step]:
             "eval", "answer", "--benchmark", str(ROOT / "eval" / "benchmarks" / "phantom.yaml"), "--questions",
             str(held / "questions.jsonl"), "--images", str(held / "narrated"), "--model-path", str(out / "stage2"),
             "--out", str(out / "report"),
-        ], 1.0),
+        ], 1.0, folder="report"),
         Step("report", "scores and report", [
             "eval", "report", "--benchmark", str(ROOT / "eval" / "benchmarks" / "phantom.yaml"), "--questions",
             str(held / "questions.jsonl"), "--images", str(held / "narrated"), "--out", str(out / "report"),
@@ -182,6 +189,7 @@ def _run_all(steps: list[Step], out: Path) -> None:
         spent = (time.monotonic() - begun) / 60
         pace = spent / done_minutes if done_minutes > 0.5 else 1.0
         print(f"\n{head}   (about {max(1, round((usual - done_minutes) * pace))} min left)", flush=True)
+        _start_anew_if_changed(step, out, earlier)
         if step.needs_teacher:
             with _teacher() as address:
                 _run(step, [address if word == "TEACHER" else word for word in step.command])
@@ -189,6 +197,19 @@ def _run_all(steps: list[Step], out: Path) -> None:
             _run(step, step.command)
         done_minutes += step.minutes
         write_json(marker, {"key": earlier, "command": step.command})
+
+
+def _start_anew_if_changed(step: Step, out: Path, key: str) -> None:
+    """Training and answering go on only with what they began with; what the demo itself began otherwise is removed."""
+    if step.folder is None:
+        return
+    folder, done, begun = out / step.folder, *(out / ".done" / f"{step.name}{end}" for end in (".json", ".begun.json"))
+    record = next((file for file in (begun, done) if file.is_file()), None)
+    if folder.exists() and record and read_json(record).get("key") != key:
+        print(f"    {folder} was made with other settings or data (an edited recipe?): starting it anew", flush=True)
+        done.unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    write_json(begun, {"key": key})
 
 
 def _portable(command: list[str], out: Path) -> list[str]:

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from medllava import demo
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 11
@@ -71,6 +73,21 @@ def test_every_stage_leaves_its_loss_curve_and_checkpoint(finished: Path) -> Non
     kinds = {name: json.loads((finished / name / "medllava.json").read_text())["kind"] for name in
              ("stage0", "stage1", "stage2")}
     assert kinds == {"stage0": "full", "stage1": "projector", "stage2": "lora"}
+
+
+def test_a_stage_of_other_settings_is_started_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = demo.Step("stage1", "", ["train"], 1.0, folder="stage1")
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "run.json").write_text("{}")
+    demo._start_anew_if_changed(step, tmp_path, "a")  # of an earlier version, without a record: train itself decides
+    demo._start_anew_if_changed(step, tmp_path, "a")  # killed and run again
+    assert (tmp_path / "stage1" / "run.json").is_file()
+    (tmp_path / ".done" / "stage1.json").write_text('{"key": "a"}')
+    demo._start_anew_if_changed(step, tmp_path, "b")
+    assert "starting it anew" in capsys.readouterr().out
+    assert not (tmp_path / "stage1").exists()
+    # Else the step would pass for done if somebody went back to the first settings.
+    assert not (tmp_path / ".done" / "stage1.json").exists()
 
 
 def test_held_out_videos_are_not_those_of_training(finished: Path) -> None:

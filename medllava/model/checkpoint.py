@@ -332,7 +332,7 @@ def write_folder(path: Path, write: Callable[[Path], None], last: tuple[str, ...
 
 def sync_folder(folder: Path) -> None:
     """Return when the folder's files, and the folder itself, are on the disk."""
-    for path in [*(file for file in folder.iterdir() if file.is_file()), folder]:
+    for path in [*folder.rglob("*"), folder]:
         number = os.open(path, os.O_RDONLY)
         try:
             os.fsync(number)

@@ -30,7 +30,8 @@ from medllava.serve.faults import refusal
 from medllava.serve.regions import around, with_region
 
 if TYPE_CHECKING:
-    from medllava.model.answerer import Answerer, Completion
+    from medllava.model.answerer import Answerer
+    from medllava.model.decoding import Completion
 
 HELP = """\
 /image PATH            look at another image (starts a new conversation)

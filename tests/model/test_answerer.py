@@ -10,8 +10,8 @@ from PIL import Image
 
 from medllava.conversation import Turn
 from medllava.errors import DataError
-from medllava.model import answerer as answerer_module
 from medllava.model.answerer import Answerer
+from medllava.model.decoding import Reply
 
 PICTURES = [Image.effect_noise((50 + 25 * number, 90), 70).convert("RGB") for number in range(8)]
 
@@ -41,14 +41,14 @@ def test_a_batch_of_long_and_short_histories_gives_the_same_tokens(
     answerer: Answerer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[list[int]] = []
-    real = answerer_module._Reply.add
+    real = Reply.add
 
     def noted(self: Any, token: int, *, is_end: bool) -> None:
         real(self, token, is_end=is_end)
         if len(self.ids) == 32:
             given.append(self.ids)
 
-    monkeypatch.setattr(answerer_module._Reply, "add", noted)
+    monkeypatch.setattr(Reply, "add", noted)
     monkeypatch.setattr(answerer, "_ends", [])
     said = Turn(role="assistant", text="In the upper left.")
     questions: list[tuple[list[Image.Image], list[Turn]]] = []

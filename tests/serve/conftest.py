@@ -24,7 +24,7 @@ from starlette.routing import Route
 from medllava.conversation import Turn
 from medllava.errors import PromptTooLong
 from medllava.geometry import format_box, parse_boxes
-from medllava.model.answerer import Completion
+from medllava.model.decoding import Completion
 from medllava.model.tiny import tiny_checkpoint
 from medllava.serve.app import Limits, create_app
 

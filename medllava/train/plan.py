@@ -47,9 +47,9 @@ def plan_text(
     need = _memory(recipe, outline, examples, order, on, half=half)
     spread = f", ZeRO-{on.zero}" if on.zero else ""
     lines.append(
-        f"memory per device ({on.devices}{spread}), at most: about {need.total / 1e9:.2f} GB"
-        f" (weights {need.weights / 1e9:.2f}, gradients {need.gradients / 1e9:.2f}, AdamW {need.optimizer / 1e9:.2f},"
-        f" activations {need.activations / 1e9:.2f})"
+        f"memory per device ({on.devices}{spread}), at most: about {_size(need.total)}"
+        f" (weights {_size(need.weights)}, gradients {_size(need.gradients)}, AdamW {_size(need.optimizer)},"
+        f" activations {_size(need.activations)})"
     )
     if on.device:
         lines.append(_fit(recipe, outline, examples, order, on, half=half))
@@ -96,7 +96,7 @@ def _fit(recipe: TuneRecipe, outline: Any, examples: Examples, order: Order, on:
     """Whether it fits the device and, if not, the first change that does."""
     assert on.device is not None
     room = on.device.memory * _HEADROOM
-    what = f"{on.device.name} has {on.device.memory / 1e9:.0f} GB"
+    what = f"{on.device.name} has {_size(on.device.memory)}"
     pieces = [
         value for value in range(recipe.optim.accumulate, recipe.optim.batch_size + 1)
         if recipe.optim.batch_size % value == 0
@@ -118,3 +118,8 @@ def _fit(recipe: TuneRecipe, outline: Any, examples: Examples, order: Order, on:
         told += [f"quantize={quantize}"] if quantize != recipe.quantize else []
         return f"{what}: it fits with {' '.join(told)}" if told else f"{what}: it fits"
     return f"{what}: it fits with no accumulate, gradient_checkpointing and quantize; use more devices with ZeRO"
+
+
+def _size(count: float) -> str:
+    """Bytes, for people: "27.6 GB", "3 MB"."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

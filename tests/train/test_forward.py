@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from medllava.conversation import InstructionSample, Turn
 from medllava.model import checkpoint
 from medllava.model.pixels import tokens_per_image
 from medllava.model.prompt import PromptBuilder
 from medllava.train.dataset import Examples, Pictures, micro_batches, read_samples
-from medllava.train.forward import VisionLanguageLoss, vision_features
+from medllava.train.forward import VisionLanguageLoss, embeddings, vision_features
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +93,31 @@ def test_over_long_samples_are_counted(loaded: Any, data: Any) -> None:
     assert max(short.lengths) < min(whole.lengths)
     for index in range(len(short)):
         assert int((short.get(index).input_ids == prompts.image_token_id).sum()) == 16
+
+
+def test_swapped_pictures_swap_what_the_language_model_reads(loaded: Any, data: Any) -> None:
+    prompts = PromptBuilder(loaded.tokenizer, "medllava", tokens_per_image=tokens_per_image(loaded.processor))
+    turns = ("<image>\nCompare it with <image>.", "They differ.", "And with <image>?", "A gland.")
+    made = [
+        Turn(role=("user", "assistant")[number % 2], text=text) for number, text in enumerate(turns)  # type: ignore[arg-type]
+    ]
+    read = []
+    for images in (("0.png", "1.png", "2.png"), ("2.png", "1.png", "0.png")):
+        samples = [InstructionSample(id="s", images=images, turns=tuple(made), kind="other")]
+        pictures = Pictures(data.images, loaded.image_processor)
+        examples = Examples(samples, prompts, max_length=512)
+        make = micro_batches(
+            examples, pictures, accumulate=1, flip_seed=None, pad_id=0, image_token_id=prompts.image_token_id
+        )
+        (batch,) = make(0, [0])
+        with torch.no_grad():
+            read.append((batch, embeddings(loaded.model, batch)[0]))
+    places = read[0][0].image_positions.view(3, -1)
+    assert torch.equal(read[0][0].input_ids, read[1][0].input_ids)
+    first, second = read[0][1], read[1][1]
+    for mine, other in ((0, 2), (1, 1), (2, 0)):
+        assert torch.allclose(first[places[mine]], second[places[other]], atol=1e-6)
+    assert not torch.allclose(first[places[0]], second[places[0]], atol=1e-2)
+    text = torch.ones(len(first), dtype=torch.bool)
+    text[places.flatten()] = False
+    assert torch.equal(first[text], second[text])

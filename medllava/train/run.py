@@ -218,9 +218,11 @@ def _fit_all(
     """Train every weight of a part of stage 0."""
     trained = {key: value for key, value in module.named_parameters() if value.requires_grad}
     group = Group(name, optim.learning_rate, trained)
+    saves = Saves(out, keep=recipe.keep, main=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        saves.sweep()
     fit(
-        name=name, module=module, groups=[group], optim=optim, steps=len(steps), batches=steps, out=out,
-        saves=Saves(out, keep=recipe.keep, main=accelerator.is_main_process),
+        name=name, module=module, groups=[group], optim=optim, steps=len(steps), batches=steps, out=out, saves=saves,
         pace=Pace(recipe.seed, recipe.log_every, recipe.save_every), accelerator=accelerator,
     )
 
@@ -417,6 +419,7 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         saves.check_room(_saved_bytes(model, trained, recipe.stage), 3 * sum(4 * p.numel() for p in trained.values()))
         saves.trial(lambda folder: checkpoint.prove(folder, trained))
     _begin(recipe, paths, table)
+    accelerator.wait_for_everyone()  # no process looks for saves before those of another run are gone
 
     variants = range(4) if recipe.flip else (0,)
     if recipe.cache_features == "disk":

@@ -7,6 +7,7 @@ leaves the saves before it as they were. Kept are the newest ``keep`` and the on
 
 from __future__ import annotations
 
+import glob
 import logging
 import re
 import shutil
@@ -117,7 +118,8 @@ class Saves:
 
     def sweep(self) -> None:
         """Remove what a killed process was writing."""
-        for left in [*self._out.glob(".*.part"), *self._out.parent.glob(f".{self._out.name}.????????.part")]:
+        final = f".{glob.escape(self._out.name)}.????????.part"  # of the checkpoint at the end of a run
+        for left in [*self._out.glob(".*.part"), *self._out.parent.glob(final)]:
             log.info("removing %s, left by a killed run", left)
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 

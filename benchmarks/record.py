@@ -14,8 +14,8 @@ from medllava.jsonl import write_json
 PACKAGES = ("medllava", "torch", "transformers", "numpy", "av", "opencv-python-headless")
 
 
-def write_result(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write ``path`` and print the rows as one table."""
+def write_result(path: Path, rows: list[dict[str, Any]], note: str = "") -> None:
+    """Write ``path`` and print the rows as one table. ``note``: what a reader must know of how they came about."""
     print(f"{'figure':<44}{'ours':>10}{'baseline':>12}  {'unit':<16}{'target':<12}{'holds':<8}baseline is")
     for row in rows:
         target = "" if row["target"] is None else f"{row['limit']} {row['target']:g}"
@@ -32,4 +32,4 @@ def write_result(path: Path, rows: list[dict[str, Any]]) -> None:
         "rows": rows, "commit": commit.stdout.strip(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-    })
+    } | ({"note": note} if note else {}))

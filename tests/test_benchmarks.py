@@ -26,3 +26,22 @@ def test_narrate_beside_the_papers_way(repository: Path, tmp_path: Path) -> None
     assert aside["holds"] and aside["value"] < aside["baseline_value"]
     for cost in ("phantoms: CPU", "phantoms: peak memory"):
         assert 0 < rows[cost]["value"] < rows[cost]["baseline_value"]
+
+
+def test_gpu_train_tries_itself_on_a_cpu(repository: Path, tmp_path: Path) -> None:
+    out = tmp_path / "gpu_train.json"
+    command = [sys.executable, "benchmarks/gpu_train.py", "--self-test", "--steps", "4", "--batch-size", "4"]
+    done = subprocess.run(
+        [*command, "--out", str(out)], cwd=repository, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = read_json(out)
+    assert "not run on a GPU" in result["note"]
+    assert "failed" not in result["note"]
+    rows = {row["figure"]: row for row in result["rows"]}
+    assert all(set(row) == KEYS for row in rows.values())
+    for stage in ("stage 1, packing", "stage 2 LoRA, packing"):
+        for figure in ("speed", "speed, tokens", "peak memory"):
+            assert rows[f"{stage}: {figure}"]["value"] > 0
+    assert rows["packing beside the plain path: loss"]["holds"]
+    assert not any("projected" in figure or "MFU" in figure for figure in rows)

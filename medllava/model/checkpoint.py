@@ -33,6 +33,7 @@ from medllava.errors import CheckpointError, MissingExtraError
 from medllava.jsonl import read_json, write_json
 from medllava.model import card
 from medllava.model import manifest as manifests
+from medllava.model.hub import hub_id, local_folder
 from medllava.model.manifest import Manifest
 from medllava.model.pixels import image_side, padding_of
 from medllava.model.prompt import TEMPLATES
@@ -131,7 +132,7 @@ def load(
     load_8bit: bool = False,
     merge: bool = True,
 ) -> Loaded:
-    """Open a checkpoint folder for use (in evaluation mode).
+    """Open a checkpoint folder (or hub id) for use, in evaluation mode.
 
     device: "cuda", "mps", "cpu", "cuda:1", ...; by default the first of these that exists.
     dtype: "float32", "bfloat16" or "float16"; by default bfloat16 on CUDA (float16 on cards without it), else float32.
@@ -139,7 +140,7 @@ def load(
     merge: fold LoRA adapters into the weights, which makes the model a stock one; never done on quantized weights.
     Raises CheckpointError (incomplete, damaged or misfitting folder) or MissingExtraError (bitsandbytes).
     """
-    folder = Path(path)
+    folder = local_folder(path)
     place = device or best_device()
     kind = _dtype(dtype, place)
     manifest, processor, base = verify(folder)
@@ -210,7 +211,7 @@ def save_projector(
     def write(folder: Path) -> None:
         _write_projector(folder, model, tower)
 
-    facts |= {"base": base_reference(base, path), "tower_trained": bool(tower)}
+    facts |= {"base": base_reference(base, path), "revision": _revision(base), "tower_trained": bool(tower)}
     _save(path, write, processor, kind="projector", chat_format=chat_format, **facts)
 
 
@@ -229,7 +230,7 @@ def save_lora(
         (folder / "README.md").unlink(missing_ok=True)
         _write_projector(folder, model.get_base_model(), tower)
 
-    facts |= {"base": base_reference(base, path), "tower_trained": bool(tower)}
+    facts |= {"base": base_reference(base, path), "revision": _revision(base), "tower_trained": bool(tower)}
     _save(path, write, processor, kind="lora", chat_format=chat_format, **facts)
 
 
@@ -237,8 +238,15 @@ def base_reference(base: str | Path, folder: Path) -> str:
     """How a manifest in ``folder`` writes its base: relative to the folder if it is a folder, else the hub id."""
     if not Path(base).exists():
         return str(base)
+    if found := hub_id(Path(base)):
+        return found[0]
     relative = os.path.relpath(Path(base).resolve(), folder.resolve())
     return relative if relative.startswith(".") else f"./{relative}"
+
+
+def _revision(base: str | Path) -> str | None:
+    found = hub_id(Path(base))
+    return found[1] if found else None
 
 
 def resolve_base(folder: Path, manifest: Manifest) -> str | Path:

@@ -26,11 +26,19 @@ def main(argv: list[str] | None = None) -> int:
         prog="medllava train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, required=True, help="recipe (YAML)")
-    parser.add_argument("--data", type=Path, required=True, help="training data (LLaVA JSON; stage contrastive: also"
-                        " a folder of image-text pairs)")
+    parser.add_argument(
+        "--data", type=Path, required=True,
+        help="training data (LLaVA JSON; stage contrastive: also a folder of image-text pairs)",
+    )
     parser.add_argument("--images", type=Path, help="folder that image paths in the data start from")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run and its checkpoint")
-    parser.add_argument("--init-from", type=Path, help="checkpoint folder to start from (every stage but foundation)")
+    parser.add_argument(
+        "--init-from", type=Path, help="checkpoint folder or hub id to start from (every stage but foundation)"
+    )
+    parser.add_argument(
+        "--mix", action="append", default=[], metavar="FILE=PART",
+        help="LLaVA JSON of other samples, so that what the model could before is kept; 0.1: one for ten of --data",
+    )
     parser.add_argument("--eval-data", type=Path, help="validation data (LLaVA JSON, same image folder)")
     parser.add_argument("--captions", type=Path, help="captions.jsonl with boxed phrases, for the foundation stage")
     parser.add_argument("--feature-cache", type=Path, help="folder of cache_features=disk (default: OUT/features)")
@@ -57,12 +65,15 @@ def main(argv: list[str] | None = None) -> int:
     if images is None:
         raise ConfigError("image paths in the data start from a folder: name it with --images")
 
+    from medllava.model.hub import local_folder
     from medllava.train.loop import STOPPED, Stopped
     from medllava.train.run import Paths, run
 
-    paths = Paths(given.data, images, given.out, given.init_from, given.eval_data, given.captions)
+    start = local_folder(given.init_from) if given.init_from else None
+    paths = Paths(given.data, images, given.out, start, given.eval_data, given.captions)
     paths = replace(
-        paths, feature_cache=given.feature_cache, deepspeed=given.deepspeed, gpu=given.gpu, wandb=given.wandb,
+        paths, mix=tuple(_mix(text) for text in given.mix), feature_cache=given.feature_cache,
+        deepspeed=given.deepspeed, gpu=given.gpu, wandb=given.wandb,
         devices=given.devices or int(os.environ.get("WORLD_SIZE", "1")),
     )
     try:
@@ -71,6 +82,19 @@ def main(argv: list[str] | None = None) -> int:
         print(stopped, file=sys.stderr)
         return STOPPED
     return 0
+
+
+def _mix(text: str) -> tuple[Path, float]:
+    from medllava.errors import ConfigError
+
+    name, _, part = text.rpartition("=")
+    try:
+        share = float(part.removesuffix("%")) / (100 if part.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not name or share <= 0:
+        raise ConfigError(f"--mix {text}: expected FILE=PART, such as general.json=0.1")
+    return Path(name), share
 
 
 def _preview(arguments: list[str]) -> int:

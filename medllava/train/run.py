@@ -77,6 +77,7 @@ _BOOKKEEPING = ("log_every", "save_every", "keep", "eval_every", "eval_answers",
 class Paths:
     """What differs on each machine: data file (LLaVA JSON), image folder, output, checkpoint to start from.
 
+    mix: files of other samples (their images in the same folder), and how many of them come for each of ``data``.
     devices, gpu: how many, and of which name, a plan is for. wandb: project of Weights & Biases to log to.
     """
 
@@ -86,6 +87,7 @@ class Paths:
     init_from: Path | None = None
     eval_data: Path | None = None
     captions: Path | None = None
+    mix: tuple[tuple[Path, float], ...] = ()
     feature_cache: Path | None = None
     devices: int = 1
     gpu: str | None = None
@@ -105,6 +107,8 @@ def run(recipe: AnyRecipe, paths: Paths, *, resume: bool = False, plan: bool = F
     else:
         samples = read_samples(paths.data)
         check_images(samples, paths.images)
+    if paths.mix and not isinstance(recipe, TuneRecipe):
+        raise ConfigError(f"--mix is for stages projector, lora and full, not {recipe.stage}")
     if not plan and _already_finished(recipe, paths, resume=resume):
         log.info("%s: this run is finished; nothing to do", paths.out)
         return
@@ -350,14 +354,23 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         raise ConfigError(f"{paths.data}: no sample of kinds {', '.join(recipe.kinds or ())}")
     if recipe.split_exchanges:
         wanted = split_exchanges(wanted)
-    examples = Examples(wanted, prompts, max_length=recipe.max_length)
+    mixed: list[InstructionSample] = []
+    often = {} if not recipe.kind_weights else {id(each): recipe.kind_weights.get(each.kind, 1.0) for each in wanted}
+    for file, part in paths.mix:
+        others = read_samples(file)
+        check_images(others, paths.images)
+        others = split_exchanges(others) if recipe.split_exchanges else others
+        log.info("%s: %d samples, each %.3g times in an epoch", file, len(others), part * len(wanted) / len(others))
+        often |= {id(each): part * len(wanted) / len(others) for each in others}
+        mixed += others
+    examples = Examples([*wanted, *mixed], prompts, max_length=recipe.max_length)
     order = Order(
         len(examples), recipe.optim.batch_size, recipe.seed,
         tuple(examples.lengths) if recipe.length_grouping and not recipe.packing else None,
-        kind_weights(examples.samples, recipe.kind_weights),
+        tuple(often.get(id(each), 1.0) for each in examples.samples) if often else None,
     )
     steps = _steps(recipe.optim, order)
-    evaluation = _held_out(recipe, paths, samples, prompts)
+    evaluation = _held_out(recipe, paths, [*samples, *mixed], prompts)
     pictures = Pictures(paths.images, processor.image_processor)
     names = [name for part in (examples, evaluation) if part for sample in part.samples for name in sample.images]
     names = list(dict.fromkeys(names))
@@ -557,7 +570,7 @@ def _identity(recipe: AnyRecipe, paths: Paths) -> dict[str, Any]:
         start = next((manifest.file_sha256(mark) for mark in marks if mark.is_file()), None)
     return {
         "recipe": recipe.model_dump(mode="json"), "data_sha256": data_sha256(paths.data), "init_sha256": start,
-    }
+    } | ({"mix": [[data_sha256(file), part] for file, part in paths.mix]} if paths.mix else {})
 
 
 def _already_finished(recipe: AnyRecipe, paths: Paths, *, resume: bool) -> bool:
@@ -570,7 +583,7 @@ def _already_finished(recipe: AnyRecipe, paths: Paths, *, resume: bool) -> bool:
     before, now = read_json(record)["identity"], _identity(recipe, paths)
     old, new = _deciding(before.get("recipe", {}), recipe), _deciding(now["recipe"], recipe)
     changed = [f"recipe key {key}" for key in sorted(new | old) if old.get(key) != new.get(key)]
-    changed += [key for key in now if key != "recipe" and before.get(key) != now[key]]
+    changed += [key for key in sorted(now | before) if key != "recipe" and before.get(key) != now.get(key)]
     if changed:
         raise ConfigError(
             f"{paths.out}: holds a run with other settings ({', '.join(changed)}); choose another --out, or remove it"

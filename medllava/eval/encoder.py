@@ -250,11 +250,11 @@ def _found(scores: Vectors, right: NDArray[np.bool_], nearest: int) -> list[floa
 def _by_chance(right: NDArray[np.bool_], nearest: int) -> float:
     """Mean probability that a random order puts a right column among the first ``nearest``."""
     rows, total = right.shape
-    missed = sum(
+    missed: float = sum(
         times * (math.comb(total - int(count), nearest) / math.comb(total, nearest))
         for count, times in Counter(right.sum(1).tolist()).items()
     )
-    return 1 - missed / rows
+    return 1.0 - missed / float(rows)
 
 
 def _groups(pairs: Sequence[ImageText], pattern: str | None) -> list[str]:

@@ -123,7 +123,7 @@ class PairLoss(nn.Module):
     def _loss(self, seen: torch.Tensor, told: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         every_seen, every_told, every_class = seen, told, classes
         if dist.is_initialized() and dist.get_world_size() > 1:
-            every_seen, every_told = _Gather.apply(seen), _Gather.apply(told)
+            every_seen, every_told = (_Gather.apply(rows) for rows in (seen, told))  # type: ignore[no-untyped-call]
             every_class = _gathered(classes)
         scale = self.model.logit_scale.exp().float()
         logits = scale * seen @ every_told.T
@@ -198,11 +198,11 @@ class _Gather(torch.autograd.Function):
     """Rows of all processes, one process after the other; each gets back the gradients of all for its own rows."""
 
     @staticmethod
-    def forward(_: Any, rows: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(_: Any, rows: torch.Tensor) -> torch.Tensor:
         return _gathered(rows)
 
     @staticmethod
-    def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:
         total = gradient.contiguous()
         dist.all_reduce(total)
         return total.chunk(dist.get_world_size())[dist.get_rank()]

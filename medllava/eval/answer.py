@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from medllava.errors import ConfigError, DataError, MedllavaError, MissingExtraError, ServiceError
 from medllava.eval.records import Answer, Condition, Failure, Question
+from medllava.eval.rotation import applies, as_asked
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,6 +50,9 @@ DataError or ConfigError for the whole batch, which is then asked one by one."""
 
 Job = tuple[Question, Condition]
 
+NOT_ASKED = {"questions", "images", "files", "request", "harness", "rows"}
+"""Parts of a definition that change neither what is asked nor how."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benchmark", required=True, help="name in eval/benchmarks, or path of a YAML definition")
@@ -59,6 +63,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", type=Path, help="file with the server's key (default: OPENAI_API_KEY)")
     parser.add_argument("--questions", type=Path, help="question file, in place of the definition's")
     parser.add_argument("--images", type=Path, help="folder of the pictures, in place of the definition's")
+    parser.add_argument("--split", help="which split, where the data holds several (default: the definition's)")
+    parser.add_argument("--group-pattern", help="regular expression: its first group in a picture's name is the case")
     parser.add_argument("--out", type=Path, required=True, help="folder for the answers")
     parser.add_argument("--batch", type=int, default=8, help="questions at once (at a server: in parallel); default 8")
     parser.add_argument("--limit", type=int, help="only the first N questions")
@@ -67,7 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from medllava.eval import provenance
-    from medllava.eval.benchmarks import load_benchmark, questions_hash, read_questions
+    from medllava.eval.benchmarks import kinds_told, load_benchmark, questions_hash, read_question_set
     from medllava.eval.pictures import Pictures
     from medllava.jsonl import write_records
     from medllava.model.manifest import current_versions, now
@@ -78,9 +84,15 @@ def run(arguments: argparse.Namespace) -> int:
     source = arguments.questions or benchmark.questions
     if source is None:
         raise ConfigError(f"benchmark {benchmark.name} names no question file; give it with --questions")
-    questions = read_questions(source)
-    images = arguments.images or benchmark.images or source.parent
+    if arguments.group_pattern:
+        benchmark = benchmark.model_copy(update={"group_pattern": arguments.group_pattern})
+    within = arguments.out / "pictures"
+    found = read_question_set(source, benchmark, split=arguments.split, pictures=within)
+    questions = found.questions
+    print(f"{benchmark.name}: {found.told} ({kinds_told(questions)})")
+    images = arguments.images or benchmark.images or (within if within.is_dir() else found.folder)
     pictures = Pictures(images, questions, benchmark.seed)
+    _tell_missing(pictures, questions, images)
     questions = questions[: arguments.limit]
     if arguments.model_path:
         ask, model, details = _local(arguments.model_path, arguments.device, benchmark.max_new_tokens)
@@ -89,10 +101,11 @@ def run(arguments: argparse.Namespace) -> int:
     provenance.start_run(
         arguments.out,
         {
-            "benchmark": benchmark.model_dump(mode="json", exclude={"questions", "images"}),
+            "benchmark": benchmark.model_dump(mode="json", exclude=NOT_ASKED),
             "model": model,
             **details,
             "questions_sha256": questions_hash(questions),
+            "data": found.told,
             "images_sha256": pictures.sha256(),
             "images": str(images.resolve()),
             "decoding": {"temperature": 0.0, "max_new_tokens": benchmark.max_new_tokens},
@@ -109,6 +122,16 @@ def run(arguments: argparse.Namespace) -> int:
     if failed:
         print(f"{failed} could not be asked and stay unscored; reasons in {arguments.out / 'failed.jsonl'}")
     return 0
+
+
+def _tell_missing(pictures: Pictures, questions: Sequence[Question], images: Path) -> None:
+    """Say once how many pictures are not there; raises DataError if none is."""
+    names = sorted({question.image for question in questions if question.image})
+    missing = [name for name in names if not pictures.path(name).is_file()]
+    if missing and len(missing) == len(names):
+        raise DataError(f"{images}: none of the {len(names)} pictures is here (the first: {missing[0]}); give --images")
+    if missing:
+        log.warning("%s: %d of %d pictures are missing (the first: %s)", images, len(missing), len(names), missing[0])
 
 
 def answer_all(
@@ -163,7 +186,7 @@ def answer_all(
 def _batches(questions: Sequence[Question], benchmark: Benchmark, size: int) -> list[list[Job]]:
     found = []
     for condition in benchmark.conditions:
-        jobs: list[Job] = [(q, condition) for q in questions if condition == "real" or q.image is not None]
+        jobs: list[Job] = [(question, condition) for question in questions if applies(question, condition)]
         jobs.sort(key=lambda job: (job[0].image is None, len(benchmark.prompt(job[0]))))
         found += [jobs[start : start + size] for start in range(0, len(jobs), size)]
     return found
@@ -179,7 +202,7 @@ def _answer(
             ready.append((job, pictures.show(*job)))
         except DataError as error:
             results.append(Failure(question_id=job[0].id, condition=job[1], reason=str(error)))
-    replies = _ask([(image, benchmark.prompt(question)) for (question, _), image in ready], ask)
+    replies = _ask([(image, benchmark.prompt(as_asked(*job))) for job, image in ready], ask)
     for ((question, condition), _), reply in zip(ready, replies, strict=True):
         if isinstance(reply, MedllavaError):
             results.append(Failure(question_id=question.id, condition=condition, reason=str(reply)))

@@ -1,33 +1,55 @@
-"""Benchmark definitions (YAML in the top-level folder ``eval/benchmarks``) and the question files they point to.
+"""Benchmark definitions (YAML in the top-level folder ``eval/benchmarks``) and the questions of the data they point to.
 
-Three layouts of question files are read, told apart by their content:
-
-- ours: JSON Lines of :class:`~medllava.eval.records.Question`;
-- Quilt-VQA and PathVQA (``*_test_w_ans.json``): a JSON list of rows with ``answer_type`` OPEN, OTHER or CLOSED;
-- PMC-VQA: a JSON list of rows with ``conversations``, options lettered in the question, the letter as the answer.
+How rows become questions is in :mod:`medllava.eval.questions`, how files and folders become rows in
+:mod:`medllava.eval.tables`.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import json
 import logging
-import re
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from medllava.config import Recipe, load_recipe
 from medllava.errors import ConfigError, DataError
+from medllava.eval.questions import BOX_FORM, Reading, to_questions
 from medllava.eval.records import Condition, Question, QuestionKind
-from medllava.jsonl import describe, read_json, read_records, to_line
+from medllava.eval.tables import Row, read_table
+from medllava.jsonl import read_rows
 
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parents[2] / "eval"
 """Where a checkout keeps benchmark definitions and judge prompts."""
 
-CONDITIONS: tuple[Condition, ...] = ("real", "no_image", "blank", "noise", "mismatched")
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+"""All of them; a rotation is asked only where a question has so many lettered options."""
+
+
+class DataFile(Recipe):
+    """What ``eval fetch`` gets: one file by ``url``, or those of a Hugging Face data set (``hub``) whose paths match
+    ``path``, which may hold ``*``. The hub tells sizes and checksums itself; ``sha256`` is for a ``url``. ``unzip``:
+    unpacked beside itself."""
+
+    path: str
+    url: str | None = None
+    hub: str | None = None
+    sha256: str | None = None
+    unzip: bool = False
+
+
+class Join(Recipe):
+    """Columns of a second file beside the question file, by question id: ``columns`` is their name -> ours."""
+
+    file: str
+    columns: dict[str, str]
 
 
 class Benchmark(Recipe):
@@ -42,10 +64,49 @@ class Benchmark(Recipe):
     suffix: dict[QuestionKind, str] = {}
     conditions: tuple[Condition, ...] = CONDITIONS
     seed: int = 0
+    split: str | None = None
+    """Which split of data that holds several."""
+    keep: dict[str, tuple[str, ...]] = {}
+    """Column -> values: only these rows belong to the benchmark."""
+    columns: dict[str, str] = {}
+    """Our name -> the data's, where it is not one of the known ones."""
+    categories: dict[str, str] = {}
+    """Name of a category -> the data's column; each value gets scores of its own."""
+    group_pattern: str | None = None
+    """Regular expression whose first group is the video or case in a picture's name."""
+    box_question: str = BOX_FORM
+    """The question asked about a phrase of a grounded caption."""
+    join: tuple[Join, ...] = ()
+    rows: dict[int, str] = {}
+    """Known numbers of questions and what has so many: the report says which was used."""
+    files: tuple[DataFile, ...] = ()
+    request: str | None = None
+    """Where the data must be asked for, if it is not free to fetch."""
+    harness: dict[str, str] = {}
+    """``dataset_path``, ``dataset_name``, ``test_split`` of the Hugging Face data set, for other harnesses."""
 
     def prompt(self, question: Question) -> str:
         """The question as the model is asked it."""
         return question.question + self.suffix.get(question.kind, "")
+
+    def reading(self, pictures: Path | None = None) -> Reading:
+        """How this benchmark's rows are read; pictures that lie within rows are written to ``pictures``."""
+        return Reading(
+            columns=self.columns, categories=self.categories, keep=self.keep, box_question=self.box_question,
+            group_pattern=self.group_pattern, pictures=pictures,
+        )
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """The questions of a benchmark's data. ``skipped``: ids of rows of unknown ``answer_type``, which the original
+    evaluation skips too; ``layout`` and ``told`` say what was read; ``folder`` is where picture names start from."""
+
+    questions: list[Question]
+    skipped: set[str]
+    layout: str
+    told: str
+    folder: Path
 
 
 def load_benchmark(name: str) -> Benchmark:
@@ -63,98 +124,113 @@ def load_benchmark(name: str) -> Benchmark:
     )
 
 
+def known_files(kind: str, suffix: str) -> dict[str, Path]:
+    """Files by bare name in ``eval/<kind>`` of the checkout and of the current directory, whose own come first."""
+    folders = [FOLDER / kind, Path("eval") / kind]
+    return {path.stem: path for folder in folders if folder.is_dir() for path in sorted(folder.glob(f"*{suffix}"))}
+
+
 def find_file(name: str, kind: str, suffix: str) -> Path:
     """A file given by path, or by bare name in ``eval/<kind>`` of the current directory or of the checkout."""
     if Path(name).is_file():
         return Path(name)
-    folders = [Path("eval") / kind, FOLDER / kind]
-    for folder in folders:
-        if (folder / f"{name}{suffix}").is_file():
-            return folder / f"{name}{suffix}"
-    known = sorted({path.stem for folder in folders if folder.is_dir() for path in folder.glob(f"*{suffix}")})
+    known = known_files(kind, suffix)
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name.removesuffix(suffix).replace("-", "_"), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(
-        f"{name}: no such file, and no such name in eval/{kind} (there: {', '.join(known) or 'none'}); give the path"
+        f"{name}: no such file, and no such name in eval/{kind}{hint} (there: {', '.join(sorted(known)) or 'none'})"
     )
 
 
 def read_questions(path: Path) -> list[Question]:
-    """All questions of a file in any of the three layouts. Raises DataError naming file and row."""
-    return read_question_file(path)[0]
+    """All questions of a file or folder in any known layout. Raises DataError naming file and row."""
+    return read_question_set(path).questions
 
 
 def read_question_file(path: Path) -> tuple[list[Question], set[str]]:
     """The questions, and the ids of rows of unknown ``answer_type``, which the original evaluation skips too."""
+    found = read_question_set(path)
+    return found.questions, found.skipped
+
+
+def read_question_set(
+    path: Path, benchmark: Benchmark | None = None, *, split: str | None = None, pictures: Path | None = None
+) -> QuestionSet:
+    """The questions that ``path`` holds, read as ``benchmark`` says.
+
+    Raises DataError naming file and row for an unreadable row, a repeated id, or where nothing is left.
+    """
+    reading = benchmark.reading(pictures) if benchmark else Reading(pictures=pictures)
+    table = read_table(path, split or (benchmark.split if benchmark else None))
+    joined = _joined(path, benchmark.join if benchmark else ())
+    questions: list[Question] = []
     skipped: set[str] = set()
-    try:
-        with path.open(encoding="utf-8") as file:
-            start = file.read(1000).lstrip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text ({error})") from error
-    if not start.startswith("["):
-        questions = list(read_records(path, Question))
-    else:
-        questions = []
-        for number, row in enumerate(read_json(path)):
-            question = _from_original(row, path, number)
-            if question:
-                questions.append(question)
-            else:
-                skipped.add(str(row["id"]))
-        if skipped:
-            log.warning("%s: %d rows of unknown answer_type were skipped", path, len(skipped))
+    places: dict[str, str] = {}
+    for number, (where, row) in enumerate(table.rows):
+        if not reading.keeps(row):
+            continue
+        more = joined.get(str(row.get("question_id", row.get("id"))), {})
+        found = to_questions({**row, **more}, where, number, reading)
+        if found is None:
+            skipped.add(str(row.get("id", number)))
+            continue
+        for question in found:
+            if question.id in places:
+                raise DataError(
+                    f"{where}: question id {question.id!r} occurs a second time, after {places[question.id]};"
+                    " give every question its own id"
+                )
+            places[question.id] = where
+        questions += found
+    if skipped:
+        log.warning("%s: %d rows of unknown answer_type were skipped", path, len(skipped))
     if not questions:
         raise DataError(f"{path}: holds no questions")
-    return questions, skipped
+    told = _told(len(questions), table.layout, benchmark)
+    return QuestionSet(questions, skipped, table.layout, told, table.folder)
 
 
-def _from_original(row: Any, path: Path, number: int) -> Question | None:
-    where = f"{path}: row {number}"
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object, got {type(row).__name__}")
-    try:
-        if "conversations" in row:
-            return _multiple_choice(row)
-        if "answer_type" in row:
-            return _open_or_closed(row)
-    except (KeyError, IndexError, TypeError, AttributeError, ValidationError) as error:
-        fault = describe(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
-        raise DataError(f"{where}: not a question ({fault})") from error
-    raise DataError(f"{where}: expected 'answer_type' (Quilt-VQA, PathVQA) or 'conversations' (PMC-VQA)")
+def _joined(path: Path, joins: tuple[Join, ...]) -> dict[str, Row]:
+    found: dict[str, Row] = {}
+    folder = path if path.is_dir() else path.parent
+    for join in joins:
+        file = folder / join.file
+        if not file.is_file():
+            raise DataError(f"{file}: no such file; the benchmark reads {', '.join(join.columns)} from it")
+        for number, row in read_rows(file):
+            if "question_id" not in row:
+                raise DataError(f"{file}:{number}: has no 'question_id'")
+            values = {ours: row[theirs] for theirs, ours in join.columns.items() if theirs in row}
+            found.setdefault(str(row["question_id"]), {}).update(values)
+    return found
 
 
-def _open_or_closed(row: dict[str, Any]) -> Question | None:
-    """A row of Quilt-VQA or PathVQA; None for an answer type that the original evaluation skips too."""
-    answer_type = str(row["answer_type"]).lower()
-    if answer_type not in {"open", "other", "closed"}:
-        return None
-    closed = answer_type == "closed"
-    # Quilt-VQA's closed answers are sentences; the yes or no they stand for is in a field of its own.
-    answer = row.get("yes_no_answer") or row["answer"] if closed else row["answer"]
-    return Question(
-        id=str(row["id"]), image=row.get("image"), question=_without_tag(row["question"]),
-        kind="closed" if closed else "open", answer=str(answer), choices=("yes", "no") if closed else (),
-        group=str(row.get("image") or row["id"]),
-    )
+def _told(count: int, layout: str, benchmark: Benchmark | None) -> str:
+    """Which of the known sets this is, in words."""
+    told = f"{count:,} questions read from {layout}"
+    if benchmark is None or not benchmark.rows:
+        return told
+    if count in benchmark.rows:
+        others = [f"{number:,} ({what})" for number, what in benchmark.rows.items() if number != count]
+        more = f"; other published sets have {', '.join(others)}, whose scores are not comparable" if others else ""
+        return f"{told}: {benchmark.rows[count]}{more}"
+    known = ", ".join(f"{number:,} ({what})" for number, what in benchmark.rows.items())
+    return f"{told}, which is none of the published sets of {benchmark.name}: {known}"
 
 
-def _multiple_choice(row: dict[str, Any]) -> Question:
-    question = _without_tag(row["conversations"][0]["value"])
-    letter = str(row["conversations"][1]["value"]).strip()[:1].upper()
-    options = tuple(match.group(0).strip() for match in re.finditer(r"^[A-Z]\s*:.*$", question, re.MULTILINE))
-    answer = next((option for option in options if option.startswith(letter)), "") if letter else ""
-    return Question(
-        id=str(row["id"]), image=row.get("image"), question=question, kind="closed", answer=answer, choices=options,
-        group=str(row.get("image") or row["id"]),
-    )
-
-
-def _without_tag(text: str) -> str:
-    return text.replace("<image>", "").strip()
+def kinds_told(questions: list[Question]) -> str:
+    """How many of each kind, as ``940 open, 343 closed``."""
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(q.kind for q in questions).most_common())
 
 
 def questions_hash(questions: list[Question]) -> str:
     """SHA-256 of the questions in the order asked, whatever file layout they came from."""
     digest = hashlib.sha256()
     for question in questions:
-        digest.update(to_line(question).encode())
+        row: dict[str, Any] = question.model_dump(mode="json")
+        if not row["categories"]:
+            del row["categories"]
+        digest.update((json.dumps(row, ensure_ascii=False) + "\n").encode())
     return digest.hexdigest()

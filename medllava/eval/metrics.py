@@ -9,20 +9,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medllava.errors import DataError
 from medllava.eval.records import Answer, Condition, Failure, Metric, Question, Report, Verdict
-from medllava.eval.vqa import METRICS, grade, reference
+from medllava.eval.rotation import applies, as_asked, steps
+from medllava.eval.vqa import METRICS, abstains, grade, metrics_of, reference, split_option
 from medllava.geometry import QUADRANTS, Box
 
 RESAMPLES = 2000
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 BLIND = "the model's answers do not depend on the picture"
 FEW_GROUPS = 10
-RIGHT_OR_WRONG = {"where", "yes_no", "what", "count", "box_centre", "closed_accuracy"}
+RIGHT_OR_WRONG = {"where", "yes_no", "what", "count", "box_centre", "closed_accuracy", "closed_balanced", "open_exact"}
+BALANCED = {"yes_no", "closed_balanced"}
+CENTRE_BOX = Box(x1=0.25, y1=0.25, x2=0.75, y2=0.75)
+"""A box that looks at nothing: half as wide and high as the picture, in its middle."""
+MOST_VALUES = 60
+"""Values of one category that get scores of their own."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +67,20 @@ def estimate(
     number = len(group_names)
     if number < 2:
         return Estimate(value, None, None)
-    draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=resamples)
+    draws = _draws(number, resamples, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = np.mean((draws @ total) / (draws @ count), axis=1)
     # A resample that misses a whole stratum has no balanced accuracy; it is left out.
     low, high = np.nanpercentile(means, (2.5, 97.5))
     return Estimate(value, float(low), float(high))
+
+
+@lru_cache(maxsize=4)
+def _draws(number: int, resamples: int, seed: int) -> NDArray[np.float32]:
+    """How often each of ``number`` groups is drawn in each resample, ``(resamples, number)``. Kept, because a report
+    asks for the same draws for every metric; single precision holds such counts exactly."""
+    counts = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=resamples)
+    return counts.astype(np.float32)
 
 
 def bounded(scores: Sequence[float], groups: Sequence[str], found: Estimate) -> Estimate:
@@ -89,6 +105,8 @@ class Row:
     reason: str
     words: int = 0
     cut_off: bool = False
+    abstained: bool = False
+    answered: bool = False
 
 
 def grade_all(questions: Sequence[Question], answers: Iterable[Answer], failures: Iterable[Failure] = ()) -> list[Row]:
@@ -116,7 +134,7 @@ def grade_all(questions: Sequence[Question], answers: Iterable[Answer], failures
         for condition in CONDITIONS
         if condition in present
         for question in questions
-        if condition == "real" or question.image is not None
+        if applies(question, condition)
     ]
 
 
@@ -124,12 +142,13 @@ def _row(question: Question, condition: Condition, answer: Answer | None, failur
     if answer is None:
         return Row(question, condition, None, None, failure or "no answer")
     try:
-        graded = grade(question, answer.text)
+        graded = grade(as_asked(question, condition), answer.text)
     except DataError as error:
         return Row(question, condition, None, None, str(error))
     return Row(
         question, condition, graded.scores, graded.read, graded.reason,
-        words=len(answer.text.split()), cut_off=answer.finish_reason == "length",
+        words=len(answer.text.split()), cut_off=answer.finish_reason == "length", abstained=abstains(answer.text),
+        answered=True,
     )
 
 
@@ -146,16 +165,8 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
     ]
 
 
-def _metrics_of(question: Question) -> tuple[str, ...]:
-    if question.kind == "box":
-        return "box_iou", "box_centre"
-    if question.kind == "open":
-        return "open_f1", "open_recall"
-    return ("closed_accuracy",) if question.kind == "closed" else (question.kind,)
-
-
 def _stratum(metric: str, question: Question) -> str:
-    return reference(question) if metric == "yes_no" else ""
+    return reference(question) if metric in BALANCED else ""
 
 
 def metric(name: str, rows: Sequence[Row], *, seed: int = 0) -> Metric:
@@ -191,14 +202,17 @@ def summarise(rows: Sequence[Row], provenance: dict[str, object], *, seed: int =
     """The report: every metric under every condition, visual gain, baselines, and notes in words."""
     table: dict[Condition, dict[str, list[Row]]] = {}
     for row in rows:
-        for name in _metrics_of(row.question):
+        for name in metrics_of(row.question):
             table.setdefault(row.condition, {}).setdefault(name, []).append(row)
     scores = {
         condition: {name: metric(name, by_name[name], seed=seed) for name in METRICS if name in by_name}
         for condition, by_name in table.items()
     }
+    rotated = {condition: found for condition in list(scores) if steps(condition) and (found := scores.pop(condition))}
     real, blank = table.get("real", {}), table.get("blank", {})
     gains = {name: gain(name, real[name], blank[name], seed=seed) for name in METRICS if name in real and name in blank}
+    firsts = {metrics_of(question)[0] for question in {row.question.id: row.question for row in rows}.values()}
+    rotation, letters = _rotation(rows, seed) if rotated else ({}, {})
     return Report(
         metrics=scores.pop("real", {}),
         ablations={str(condition): found for condition, found in scores.items()},
@@ -208,14 +222,74 @@ def summarise(rows: Sequence[Row], provenance: dict[str, object], *, seed: int =
             str(condition): {
                 name: sum(row.scores is not None and row.read is None for row in by_name[name])
                 for name in METRICS
-                if name in by_name and name not in {"box_centre", "open_recall"}
+                if name in by_name and name in firsts
             }
             for condition, by_name in table.items()
         },
         answer_words=_answer_words(rows),
-        notes=tuple(_notes(rows, gains)),
+        abstention={
+            str(condition): metric_of([float(row.abstained) for row in asked], [row.question.group for row in asked])
+            for condition in table
+            if not steps(condition) and (asked := [row for row in rows if row.condition == condition and row.answered])
+        },
+        rotation=rotation, letters=letters,
+        by_category=_by_category([row for row in rows if row.condition == "real"], seed),
+        notes=tuple(_notes(rows, gains, rotation, letters)),
         provenance=dict(provenance),
     )
+
+
+def metric_of(scores: Sequence[float], groups: Sequence[str], unscored: int = 0, seed: int = 0) -> Metric:
+    """A mean over scores, each of a group, as a Metric."""
+    found = estimate(scores, groups, seed=seed)
+    return Metric(value=found.value, low=found.low, high=found.high, n=len(scores), unscored=unscored)
+
+
+def _rotation(rows: Sequence[Row], seed: int) -> tuple[dict[str, Metric], dict[str, float]]:
+    """What is said when the options are moved on, over questions scored in every order; and the letters named."""
+    by_question: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.condition == "real" or steps(row.condition):
+            by_question.setdefault(row.question.id, []).append(row)
+    letters: Counter[str] = Counter()
+    means, same, right, groups, missing = [], [], [], [], 0
+    for orders in by_question.values():
+        question = orders[0].question
+        if not applies(question, "rotated_1"):
+            continue
+        scores = [row.scores["closed_accuracy"] for row in orders if row.scores is not None]
+        if len(scores) < len(question.choices):
+            missing += 1
+            continue
+        options = [split_option(row.read) if row.read else None for row in orders]
+        letters.update(option[0] for option in options if option)
+        texts = {option[1] if option else None for option in options}
+        means.append(float(np.mean(scores)))
+        same.append(float(len(texts) == 1 and None not in texts))
+        right.append(float(min(scores) == 1))
+        groups.append(question.group)
+    found = {
+        name: metric_of(values, groups, missing, seed)
+        for name, values in (("mean", means), ("same_answer", same), ("all_right", right))
+    }
+    return found, {letter: count / letters.total() for letter, count in sorted(letters.items())}
+
+
+def _by_category(rows: Sequence[Row], seed: int) -> dict[str, dict[str, dict[str, Metric]]]:
+    """Scores per category and value; a category of too many values (ids, free text) is left out."""
+    table: dict[str, dict[str, dict[str, list[Row]]]] = {}
+    for row in rows:
+        for category, value in row.question.categories.items():
+            for name in metrics_of(row.question):
+                table.setdefault(category, {}).setdefault(value, {}).setdefault(name, []).append(row)
+    return {
+        category: {
+            value: {name: metric(name, by_name[name], seed=seed) for name in METRICS if name in by_name}
+            for value, by_name in sorted(values.items())
+        }
+        for category, values in sorted(table.items())
+        if len(values) <= MOST_VALUES
+    }
 
 
 def _answer_words(rows: Sequence[Row]) -> dict[str, float]:
@@ -231,9 +305,9 @@ def _baselines(name: str, questions: Sequence[Question]) -> dict[str, float]:
     """What an answer that ignores the picture and the question gets: ``chance`` and the best ``constant`` answer."""
     if name in {"box_iou", "box_centre"}:
         return _box_baseline(name, [question.box for question in questions if question.box is not None])
-    if name in {"open_f1", "open_recall"}:
+    if name.startswith("open_"):
         return {}
-    if name == "yes_no":
+    if name in BALANCED:
         return {"chance": 0.5, "constant": 0.5}
     labels: Counter[str] = Counter()
     for question in questions:
@@ -253,28 +327,49 @@ def _baselines(name: str, questions: Sequence[Question]) -> dict[str, float]:
 
 
 def _box_baseline(name: str, boxes: Sequence[Box]) -> dict[str, float]:
-    """The mean of all reference boxes, given as the answer to every question."""
+    """What two boxes get that are given as the answer to every question: the mean of all references (``constant``) and
+    one in the middle of the picture (``centre``)."""
     if not boxes:
         return {}
     x1, y1, x2, y2 = (float(side) for side in np.mean([box.as_tuple() for box in boxes], axis=0))
     mean = Box(x1=x1, y1=y1, x2=x2, y2=y2)
     if name == "box_iou":
-        return {"constant": float(np.mean([mean.iou(box) for box in boxes]))}
-    return {"constant": float(np.mean([box.contains(mean.centre) for box in boxes]))}
+        found = {key: [box.iou(other) for other in boxes] for key, box in (("constant", mean), ("centre", CENTRE_BOX))}
+        return {key: float(np.mean(values)) for key, values in found.items()}
+    return {
+        key: float(np.mean([other.contains(box.centre) for other in boxes]))
+        for key, box in (("constant", mean), ("centre", CENTRE_BOX))
+    }
 
 
-def _notes(rows: Sequence[Row], gains: dict[str, Metric]) -> list[str]:
+def _notes(
+    rows: Sequence[Row], gains: dict[str, Metric], rotation: dict[str, Metric], letters: dict[str, float]
+) -> list[str]:
     notes = []
+    firsts = {metrics_of(row.question)[0] for row in rows}
+    gains = {name: found for name, found in gains.items() if name in firsts}
     told = {name: found for name, found in gains.items() if found.value is not None}
     if told and all(_blind(found) for found in told.values()):
         amounts = "; ".join(f"{name} {_amount(found)}" for name, found in told.items())
         notes.append(f"On every metric {BLIND}. Visual gain: {amounts}.")
         told = {}
+    seen = {name: found for name, found in told.items() if found.low is not None and found.low > 0}
+    if seen:
+        amounts = "; ".join(f"{name} {_amount(found)}" for name, found in seen.items())
+        notes.append(f"The model looks at the picture: better than with a blank one by {amounts}.")
     for name, found in told.items():
         if _blind(found):
             notes.append(f"{name}: {BLIND}, as far as {found.n} questions can tell (visual gain {_amount(found)}).")
         elif found.value is not None and found.value < 0:
             notes.append(f"{name}: the answers are worse with the picture than with a blank one ({_amount(found)}).")
+    same = rotation.get("same_answer")
+    if same is not None and same.value is not None:
+        most = max(letters, key=lambda letter: letters[letter], default="")
+        often = f" Of all letters named, {most} is {letters[most]:.0%}." if most else ""
+        notes.append(
+            f"With the options in every order the model names the same one in {same.value:.0%} of {same.n}"
+            f" questions.{often}"
+        )
     groups = {row.question.group for row in rows}
     if len(groups) < FEW_GROUPS:
         notes.append(f"Only {len(groups)} independent groups (videos or cases): the intervals are too narrow.")

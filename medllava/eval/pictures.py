@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image
 from medllava.errors import DataError
 from medllava.eval.records import Condition, Question
 from medllava.images import load_image
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp"}
 
 
 class Pictures:
@@ -25,7 +28,23 @@ class Pictures:
         self._by_group = sorted({(question.group, question.image) for question in questions if question.image})
 
     def path(self, image: str) -> Path:
-        return self.folder / image if self.folder else Path(image)
+        """Where a picture is. One that is not at its name is looked for by its bare name, with any ending if it has
+        none, anywhere in the folder (archives unpack into folders of their own), and taken if there is just one."""
+        path = self.folder / image if self.folder else Path(image)
+        if self.folder is None or path.is_file():
+            return path
+        found = self._by_name.get(Path(image).name, [])
+        return found[0] if len(found) == 1 else path
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        files = sorted(self.folder.rglob("*")) if self.folder else []
+        for file in files:
+            if file.suffix.lower() in SUFFIXES:
+                for name in (file.name, file.stem):
+                    found.setdefault(name, []).append(file)
+        return found
 
     def show(self, question: Question, condition: Condition) -> Image.Image | None:
         """The RGB picture, or None for a question asked as text alone.

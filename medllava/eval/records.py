@@ -17,7 +17,8 @@ class _Record(BaseModel):
 
 class Question(_Record):
     """One question about one image. ``group`` (video or case) is the unit that intervals resample; ``choices`` lists
-    the legal answers of a closed question; ``box`` is the reference of a ``box`` question, 0..1 of the image."""
+    the legal answers of a closed question; ``box`` is the reference of a ``box`` question, 0..1 of the image;
+    ``categories`` says what else it is (``tissue``: ``Breast``), each with scores of its own in the report."""
 
     id: str
     image: str | None
@@ -27,9 +28,15 @@ class Question(_Record):
     choices: tuple[str, ...] = ()
     box: Box | None = None
     group: str
+    categories: dict[str, str] = {}
 
 
-Condition = Literal["real", "no_image", "blank", "noise", "mismatched"]
+Condition = Literal[
+    "real", "no_image", "blank", "noise", "mismatched",
+    "rotated_1", "rotated_2", "rotated_3", "rotated_4", "rotated_5",
+]
+"""What a question is asked with: its picture, what an ablation puts in the picture's place, or its picture and its
+lettered options moved on by so many places."""
 
 
 class Answer(_Record):
@@ -77,7 +84,10 @@ class Report(_Record):
     ``visual_gain`` is real minus blank on the same questions. ``baselines`` are what a model that never looks gets:
     ``chance`` (a guess among the legal answers) and ``constant`` (always the most frequent reference). ``unclear``
     counts, per condition and metric, the answers that could not be read as any legal answer and so count as wrong.
-    ``notes`` says in words what the numbers mean.
+    ``abstention`` is the share of answers, per condition, that say they cannot tell. ``rotation``, where options were
+    rotated: ``mean`` accuracy over all orders, ``same_answer`` (the same option named in every order), ``all_right``;
+    ``letters`` is the share of each letter among the answers to all orders. ``by_category``: category -> value ->
+    metric, on real pictures. ``notes`` says in words what the numbers mean.
     """
 
     metrics: dict[str, Metric]
@@ -86,5 +96,9 @@ class Report(_Record):
     baselines: dict[str, dict[str, float]] = {}
     unclear: dict[str, dict[str, int]] = {}
     answer_words: dict[str, float] = {}
+    abstention: dict[str, Metric] = {}
+    rotation: dict[str, Metric] = {}
+    letters: dict[str, float] = {}
+    by_category: dict[str, dict[str, dict[str, Metric]]] = {}
     notes: tuple[str, ...] = ()
     provenance: dict[str, Any] = {}

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from medllava.errors import DataError
 from medllava.eval.records import Question
-from medllava.geometry import QUADRANTS, Box, parse_boxes
+from medllava.eval.text_metrics import overlap, tokens
+from medllava.geometry import QUADRANTS, Box, Point, parse_boxes
 
 METRICS: dict[str, str] = {
     "where": "share of answers that name exactly one quadrant, the right one",
@@ -22,10 +22,15 @@ METRICS: dict[str, str] = {
     "what": "share of answers that name exactly one of the possible findings, the right one",
     "count": "share of answers that name exactly one number, the right one",
     "box_iou": "mean intersection over union of the first box with the reference; no box counts 0",
-    "box_centre": "share of answers whose first box has its centre inside the reference",
+    "box_centre": "share of answers whose first box has its centre (or whose point lies) inside the reference",
     "closed_accuracy": "share of closed answers that name exactly one choice, the right one",
+    "closed_balanced": "mean of the accuracies on yes- and on no-questions; unclear answers are wrong",
     "open_f1": "mean token F1 with the reference answer",
     "open_recall": "mean share of the reference's tokens found in the answer (rewards length: read it beside open_f1)",
+    "open_precision": "mean share of the answer's tokens that the reference has",
+    "open_exact": "share of open answers with the reference's tokens, in its order, and no others",
+    "open_bleu": "mean sentence BLEU of up to 4 words in a row, smoothed",
+    "open_rouge_l": "mean ROUGE-L (F1 of the longest common subsequence of tokens)",
 }
 """Metric name -> what it is, in the order reports print it."""
 
@@ -39,19 +44,35 @@ class Grade:
     reason: str
 
 
+def metrics_of(question: Question) -> tuple[str, ...]:
+    """The metrics that an answer to the question is scored by; the first is its verdict."""
+    if question.kind == "box":
+        return "box_iou", "box_centre"
+    if question.kind == "open":
+        return "open_f1", "open_recall", "open_precision", "open_exact", "open_bleu", "open_rouge_l"
+    if question.kind == "closed":
+        return ("closed_accuracy", "closed_balanced") if is_yes_no(question) else ("closed_accuracy",)
+    return (question.kind,)
+
+
+def is_yes_no(question: Question) -> bool:
+    return question.kind == "yes_no" or {choice.lower() for choice in question.choices} == {"yes", "no"}
+
+
 def grade(question: Question, text: str) -> Grade:
     """Score one answer. Raises DataError naming the question if its reference cannot be read."""
     if question.kind == "open":
         return _grade_open(question, text)
     if question.kind == "box":
         return _grade_box(question, text)
-    metric = "closed_accuracy" if question.kind == "closed" else question.kind
+    metrics = metrics_of(question)
     expected = reference(question)
     named = _named(question, text)
     if len(named) != 1:
-        return Grade({metric: 0.0}, None, "unclear: names " + (" and ".join(named) or "no legal answer"))
+        return Grade(dict.fromkeys(metrics, 0.0), None, "unclear: names " + (" and ".join(named) or "no legal answer"))
     right = named[0] == expected
-    return Grade({metric: float(right)}, named[0], "right" if right else f"answered {named[0]}, expected {expected}")
+    reason = "right" if right else f"answered {named[0]}, expected {expected}"
+    return Grade(dict.fromkeys(metrics, float(right)), named[0], reason)
 
 
 def reference(question: Question) -> str:
@@ -70,7 +91,7 @@ def _named(question: Question, text: str) -> list[str]:
     """The distinct legal answers that ``text`` names."""
     if question.kind == "where":
         return read_quadrants(text)
-    if question.kind == "yes_no" or {choice.lower() for choice in question.choices} == {"yes", "no"}:
+    if is_yes_no(question):
         answer = read_yes_no(text)
         return [answer] if answer else []
     if question.kind == "count":
@@ -150,6 +171,14 @@ def read_choices(text: str, choices: Sequence[str]) -> list[str]:
 
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])\s*[:.)]\s*(.+)$", re.DOTALL)
+
+
+def split_option(choice: str) -> tuple[str, str] | None:
+    """(letter, text) of a lettered option, or None."""
+    match = _OPTION.match(choice)
+    return (match.group(1), match.group(2)) if match else None
+
+
 # A capital letter standing alone; A and I only where they cannot be an article or a pronoun.
 _LETTER = re.compile(
     r"(?<![A-Za-z.])(?:([B-HJ-Z])(?![A-Za-z])|([AI])(?=['’”\"*]*\s*(?:[:.,;)!?]|$|or\b|and\b|nor\b|rather\b)))"
@@ -197,7 +226,11 @@ def _grade_box(question: Question, text: str) -> Grade:
         raise DataError(f"question {question.id}: a box question needs a reference 'box'")
     box = first_box(text)
     if box is None:
-        return Grade({"box_iou": 0.0, "box_centre": 0.0}, None, "unclear: no box")
+        point = first_point(text)
+        if point is None:
+            return Grade({"box_iou": 0.0, "box_centre": 0.0}, None, "unclear: no box")
+        hit = float(question.box.contains(point))
+        return Grade({"box_iou": 0.0, "box_centre": hit}, "point", "a point, no box")
     iou = box.iou(question.box)
     hit = float(question.box.contains(box.centre))
     return Grade({"box_iou": iou, "box_centre": hit}, "box", f"IoU {iou:.2f}")
@@ -209,25 +242,44 @@ def first_box(text: str) -> Box | None:
     return boxes[0] if boxes else None
 
 
+_POINT = re.compile(r"[\[(]\s*(0?\.\d+|[01](?:\.0+)?)\s*,\s*(0?\.\d+|[01](?:\.0+)?)\s*[\])]")
+
+
+def first_point(text: str) -> Point | None:
+    """The first pair of numbers from 0 to 1 in brackets."""
+    match = _POINT.search(text)
+    return Point(x=float(match.group(1)), y=float(match.group(2))) if match else None
+
+
 def _grade_open(question: Question, text: str) -> Grade:
     wanted = tokens(question.answer)
     if not wanted:
         raise DataError(f"question {question.id}: the reference {question.answer!r} has no words")
-    f1, recall = token_f1(text, question.answer)
-    return Grade({"open_f1": f1, "open_recall": recall}, text if tokens(text) else None, f"F1 {f1:.2f}")
-
-
-def tokens(text: str) -> list[str]:
-    """Words for comparing open answers: lower case, without punctuation (decimal points stay) and articles."""
-    words = re.findall(r"\d+\.\d+|\w+", unicodedata.normalize("NFKC", text).lower())
-    return [word for word in words if word not in {"a", "an", "the"}]
+    found = overlap(text, question.answer)
+    scores = (found.f1, found.recall, found.precision, found.exact, found.bleu, found.rouge_l)
+    return Grade(
+        dict(zip(metrics_of(question), scores, strict=True)), text if tokens(text) else None, f"F1 {found.f1:.2f}"
+    )
 
 
 def token_f1(answer: str, expected: str) -> tuple[float, float]:
     """(F1, recall) of the answer's tokens against the reference's, as multisets (Rajpurkar et al. 2016, SQuAD)."""
-    given, wanted = Counter(tokens(answer)), Counter(tokens(expected))
-    shared = sum((given & wanted).values())
-    if not shared:
-        return 0.0, 0.0
-    precision, recall = shared / sum(given.values()), shared / sum(wanted.values())
-    return 2 * precision * recall / (precision + recall), recall
+    found = overlap(answer, expected)
+    return found.f1, found.recall
+
+
+# ---------------------------------------------------------------------------------------------------------- abstention
+
+_ABSTAINS = re.compile(
+    r"\b(?:i (?:am|'m) (?:unable|not able|sorry)|i (?:can ?not|can't|could not|do not|don't) (?:tell|see|know|"
+    r"determine|say|provide|answer|identify|assess|make out|view)|(?:can ?not|can't|could not) be (?:determined|told|"
+    r"assessed|identified|answered|said|seen)|(?:not|im)possible to (?:tell|determine|say|answer|assess)|"
+    r"unable to (?:tell|determine|say|answer|assess|identify|see|view)|no image (?:was|is|has been)|"
+    r"(?:there is )?no way to tell|insufficient information|not enough information|as an ai\b)"
+)
+
+
+def abstains(text: str) -> bool:
+    """Whether an answer says that it cannot tell, or says nothing."""
+    plain = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).lower().replace("’", "'")).strip()
+    return not plain or _ABSTAINS.search(plain) is not None

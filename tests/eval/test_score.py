@@ -83,7 +83,10 @@ def test_a_set_without_open_or_without_closed_questions(kind: str, tmp_path: Pat
     rows = [closed(0, "yes")] if kind == "closed" else [{**closed(0, "yes it is"), "answer_type": "OPEN"}]
     gt, answers = original(tmp_path, rows, ["yes it is"])
     report, _ = score_files(answers, gt)
-    assert set(report.metrics) == ({"closed_accuracy"} if kind == "closed" else {"open_f1", "open_recall"})
+    assert set(report.metrics) == (
+        {"closed_accuracy", "closed_balanced"} if kind == "closed"
+        else {"open_f1", "open_recall", "open_precision", "open_exact", "open_bleu", "open_rouge_l"}
+    )
     assert all(found.value == 1.0 for found in report.metrics.values())
 
 

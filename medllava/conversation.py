@@ -10,6 +10,8 @@ from medllava.errors import DataError
 from medllava.jsonl import describe
 
 IMAGE_TAG = "<image>"
+LITERAL_TAG = "\ufdd0image\ufdd1"
+"""Stands in a turn for the text ``<image>`` that a person typed, which is no picture; see :func:`as_text`."""
 
 Role = Literal["system", "user", "assistant"]
 _FROM_LLAVA: dict[str, Role] = {
@@ -33,6 +35,14 @@ class Turn(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     role: Role
     text: str
+
+
+def as_text(typed: str) -> str:
+    """What a person typed, as text of a turn: an ``<image>`` in it stays the word that it is and calls for no picture.
+
+    The two characters that mark it are no characters of Unicode's; where someone sends them, they are dropped.
+    """
+    return typed.replace("\ufdd0", "").replace("\ufdd1", "").replace(IMAGE_TAG, LITERAL_TAG)
 
 
 class Provenance(BaseModel):

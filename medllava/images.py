@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from medllava.geometry import Box
 
 MAX_PIXELS = 100_000_000
 """Largest picture that is opened as a whole; beyond it, a whole slide should be read by region."""
+
+# Pillow's own warning comes before the limit above is looked at, and says less.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 BOX_COLOURS = ("#e6194b", "#0082c8", "#f58231", "#3cb44b", "#911eb4", "#46f0f0", "#f032e6", "#808000")
 
@@ -55,7 +59,9 @@ def load_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> I
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"{name}: not an image in a known format") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(f"{name}: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{name}: the image is damaged ({error})") from error
 
 

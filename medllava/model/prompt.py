@@ -24,7 +24,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from medllava.conversation import IMAGE_TAG, Turn
+from medllava.conversation import IMAGE_TAG, LITERAL_TAG, Turn
 from medllava.errors import CheckpointError, ConfigError, DataError
 
 IGNORE = -100
@@ -104,6 +104,7 @@ class PromptBuilder:
         special = {str(token) for token in tokenizer.all_special_tokens}
         special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         ends = sorted(special - {image_token}, key=len, reverse=True)
+        self._special = sorted((special | {image_token}) - {IMAGE_TAG}, key=len, reverse=True)
         self._end = re.compile(r"\s*(" + "|".join(re.escape(token) for token in ends) + ")") if ends else None
         self._marks = chat_format == "template" and bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template))
         self._parts = chat_format == "template" and self._takes_parts()
@@ -121,11 +122,26 @@ class PromptBuilder:
         return int(self.tokenizer.convert_tokens_to_ids(end[1])) if end else None
 
     def question(self, turns: Sequence[Turn]) -> list[int]:
-        """Ids of the conversation so far, ending where the assistant is to speak. The last turn is the user's."""
+        """Ids of the conversation so far, ending where the assistant is to speak. The last turn is the user's.
+
+        What the turns say stays text: a special token's name in them (``</s>``, ``<|im_end|>``) is spelled out, it ends
+        no turn and begins none.
+        """
+        turns, spelled = self._without_special(turns)
         if self.chat_format == "plain":
-            text = "".join(turn.text for turn in turns)
-            return self._encode(self._bos() + text)[0]
-        return self._encode(self._render(turns, generation_prompt=True))[0]
+            text = self._bos() + "".join(turn.text for turn in turns)
+        else:
+            text = self._render(turns, generation_prompt=True)
+        if not spelled:
+            return self._encode(text)[0]
+        ids: list[int] = []
+        for stretch in re.split(f"([{''.join(spelled)}])", text):
+            if stretch in spelled:
+                name = spelled[stretch]
+                ids += self.tokenizer(name, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            else:
+                ids += self._encode(stretch)[0]
+        return ids
 
     def sample(self, turns: Sequence[Turn], where: str, *, max_length: int | None = None) -> Prompt | None:
         """Ids and labels of a training sample; ``where`` names it in errors.
@@ -149,6 +165,22 @@ class PromptBuilder:
             if len(answers) < 2:
                 return None
             kept = kept[: answers[-2] + 1]
+
+    def _without_special(self, turns: Sequence[Turn]) -> tuple[Sequence[Turn], dict[str, str]]:
+        """The turns with one unused character for each special token that they name, and which stands for which."""
+        said = "".join(turn.text for turn in turns)
+        found = [name for name in (LITERAL_TAG, *self._special) if name in said]
+        unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in said)
+        spelled = {next(unused): name for name in found}
+        if not spelled:
+            return turns, {}
+        replaced = []
+        for turn in turns:
+            text = turn.text
+            for mark, name in spelled.items():
+                text = text.replace(name, mark)
+            replaced.append(Turn(role=turn.role, text=text))
+        return replaced, {mark: IMAGE_TAG if name == LITERAL_TAG else name for mark, name in spelled.items()}
 
     def _plain(self, turns: Sequence[Turn], where: str) -> tuple[str, list[tuple[int, int]]]:
         """Stage 1's text: pictures, then the caption and a line break; only the latter two are supervised."""

@@ -1,7 +1,8 @@
-"""The worker's HTTP application: an Answerer behind the OpenAI chat-completions API.
+"""The worker's HTTP application: models behind the OpenAI chat-completions API.
 
-One answer is made at a time; others wait in a short line. Nothing of a question is logged or written: no prompt, no
-picture, no name. See :mod:`medllava.serve.worker` for the command.
+Requests are answered together as far as there is room (:mod:`medllava.serve.engine`); others wait in a short line.
+Nothing of a question is logged or written: no prompt, no picture, no name. The command is
+:mod:`medllava.serve.worker`.
 """
 
 from __future__ import annotations
@@ -9,31 +10,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import secrets
 import threading
 import time
-import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
-from medllava.errors import DataError, ImageTooLarge
+from medllava.errors import DataError, ImageTooLarge, MedllavaError
 from medllava.images import load_image
 from medllava.jsonl import describe
+from medllava.serve.engine import Engine, Piece, Ticket
 from medllava.serve.faults import Refused, refusal
-from medllava.serve.schema import ChatRequest, Usage, chunk, completion, model_list
+from medllava.serve.fetch import fetch_picture
+from medllava.serve.metrics import Call, Metrics
+from medllava.serve.schema import ChatRequest, Usage, choice, chunk, completion, logprobs_of, model_list
 
 if TYPE_CHECKING:
-    from medllava.model.answerer import Answerer, Completion
-
-logger = logging.getLogger(__name__)
+    from medllava.model.answerer import Answerer
+    from medllava.model.decoding import Prepared, TokenLogprob
 
 POLL_S = 0.5
 """How often a request that waits looks whether its client is still there."""
@@ -41,219 +45,273 @@ FIRST_PIECE_S = 5.0
 """How long a streamed answer may show its first piece or its fault before the response starts with status 200."""
 HEARTBEAT_S = 10.0
 """How often a silent stream sends a comment, so that no proxy takes it for dead."""
-MAX_IMAGES = 8
-"""Pictures per request; with the limit per picture it bounds the size of a request."""
+REQUEST_BODY = {
+    "requestBody": {
+        "required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}
+    }
+}
 
 
 @dataclass
 class Limits:
-    """What the worker takes in. ``max_waiting`` requests may wait, each for ``max_wait_s`` seconds."""
+    """What the worker takes in. ``max_batch`` answers are made at once; ``max_waiting`` requests may wait, each for
+    ``max_wait_s`` seconds."""
 
     max_image_mb: float = 20.0
+    max_images: int = 8
+    max_request_mb: float = 64.0
     max_new_tokens: int = 256
-    max_waiting: int = 16
+    max_batch: int = 16
+    max_waiting: int = 64
     max_wait_s: float = 300.0
 
     @property
     def max_image_bytes(self) -> int:
         return int(self.max_image_mb * 1_000_000)
 
-
-class Line:
-    """Lets one question at a time reach the model; few may wait, none for ever."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._lock = asyncio.Lock()
-        self.waiting = 0
-
     @property
-    def busy(self) -> bool:
-        return self._lock.locked()
-
-    async def enter(self) -> None:
-        """Wait for the model. Raises Refused if too many wait already or the wait gets too long."""
-        if self.busy and self.waiting >= self._limits.max_waiting:
-            raise Refused(
-                503, "queue_full", f"{self.waiting} questions are waiting already; try again soon", retry_after_s=10
-            )
-        self.waiting += 1
-        try:
-            async with asyncio.timeout(self._limits.max_wait_s):
-                await self._lock.acquire()
-        except TimeoutError:
-            message = f"the model was busy with other questions for {self._limits.max_wait_s:.0f} s; try again"
-            raise Refused(503, "queue_timeout", message, retry_after_s=30) from None
-        finally:
-            self.waiting -= 1
-
-    def leave(self) -> None:
-        self._lock.release()
-
-
-class Generation:
-    """One answer being made in a thread of its own; ``leave`` is called when the thread is done with the model."""
-
-    def __init__(self, stream: Callable[[], Generator[str, None, Completion]], leave: Callable[[], None]) -> None:
-        self._make_stream = stream
-        self._leave = leave
-        self._loop = asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[str | Completion | Exception] = asyncio.Queue()
-        self._stopped = threading.Event()
-        # A daemon: a forward pass that hangs must not keep the process alive after Ctrl-C.
-        threading.Thread(target=self._run, name="generation", daemon=True).start()
-
-    def stop(self) -> None:
-        """End the generation before its next token."""
-        self._stopped.set()
-
-    async def next(self, timeout_s: float) -> str | Completion | None:
-        """The next piece, the Completion at the end, or None after ``timeout_s`` of silence. Raises Refused."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                piece = await self._pieces.get()
-        except TimeoutError:
-            return None
-        if isinstance(piece, Exception):
-            raise refusal(piece)
-        return piece
-
-    def _run(self) -> None:
-        try:
-            stream = self._make_stream()
-            try:
-                while not self._stopped.is_set():
-                    self._post(next(stream))
-            except StopIteration as end:
-                self._post(end.value)
-            finally:
-                stream.close()
-        except Exception as error:  # noqa: BLE001 - whatever the model raises is reported to the one who asked
-            if refusal(error).code == "internal_error":
-                # Only where, not what: an exception's text may quote the question.
-                where = "".join(traceback.format_tb(error.__traceback__))
-                logger.error("generation failed with %s\n%s", type(error).__name__, where)
-            self._post(error)
-        finally:
-            # After an interrupted start or stop the loop may be gone; then nobody waits in line either.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._leave)
-
-    def _post(self, piece: str | Completion | Exception) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+    def max_request_bytes(self) -> int:
+        return int(self.max_request_mb * 1_000_000)
 
 
 @dataclass
-class Model:
-    """The model of this worker: loading, ready or failed."""
+class Models:
+    """The models of this worker: loading, ready or failed."""
 
-    answerer: Answerer | None = None
+    answerers: Sequence[Answerer] = ()
     failed: bool = False
+    stopping: bool = False
     started: float = field(default_factory=time.time)
 
-    def ready(self) -> Answerer:
-        """The loaded Answerer. Raises Refused while there is none."""
-        if self.answerer is None:
+    @property
+    def status(self) -> str:
+        if self.failed:
+            return "failed"
+        return "stopping" if self.stopping else "ready" if self.answerers else "loading"
+
+    def ready(self) -> Sequence[Answerer]:
+        """The loaded models. Raises Refused while there is none, and once the worker is about to end."""
+        if self.stopping:
+            raise Refused(503, "stopping", "this worker is being stopped; ask another", retry_after_s=5)
+        if not self.answerers:
             seconds = time.time() - self.started
             raise Refused(
                 503, "model_loading", f"the model is still loading ({seconds:.0f} s so far); try again soon",
                 retry_after_s=5,
             )
-        return self.answerer
+        return self.answerers
+
+    def find(self, name: str) -> Answerer:
+        """Raises Refused that names the models there are."""
+        for answerer in self.ready():
+            if answerer.model_id == name:
+                return answerer
+        known = ", ".join(repr(answerer.model_id) for answerer in self.answerers)
+        raise Refused(404, "model_not_found", f"no model {name!r} here; this worker serves {known}", param="model")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; ``at_end`` is called however they end, also if the client left before the first."""
+
+    def __init__(self, events: AsyncIterator[str], at_end: Callable[[], None]) -> None:
+        super().__init__(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        )
+        self._at_end = at_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._at_end()
 
 
 def create_app(
-    load: Callable[[], Answerer],
+    load: Callable[[], Sequence[Answerer]],
     *,
     limits: Limits | None = None,
     api_keys: Sequence[str] = (),
     root_path: str = "",
-    on_load: Callable[[Answerer | Exception], None] = lambda outcome: None,
+    image_hosts: Mapping[str, str | None] | None = None,
+    on_load: Callable[[Sequence[Answerer] | Exception], None] = lambda outcome: None,
 ) -> FastAPI:
     """The application. ``load`` runs in a thread from the start of the server, which answers 503 until it is done;
-    ``on_load`` is then called, in that thread, with the Answerer or with what went wrong."""
+    ``on_load`` is then called, in that thread, with the models or with what went wrong. ``app.state.models.stopping``
+    set to True lets no further question in. ``image_hosts``: see :mod:`medllava.serve.fetch`."""
     limits = limits or Limits()
-    model = Model()
-    line = Line(limits)
+    models = Models()
+    engine = Engine(max_rows=limits.max_batch, max_waiting=limits.max_waiting)
+    metrics = Metrics(engine)
+    # Few at a time: an opened picture takes up to 300 MB.
+    readers = asyncio.Semaphore(2)
 
-    def load_model() -> None:
+    def load_models() -> None:
         try:
-            model.answerer = load()
+            models.answerers = load()
         except Exception as error:  # noqa: BLE001 - the command that started the server decides what to say
-            model.failed = True
+            models.failed = True
             on_load(error)
         else:
-            on_load(model.answerer)
+            on_load(models.answerers)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        threading.Thread(target=load_model, name="load", daemon=True).start()
+        engine.start()
+        threading.Thread(target=load_models, name="load", daemon=True).start()
         yield
 
     app = FastAPI(title="medllava worker", lifespan=lifespan, root_path=root_path, docs_url=None, redoc_url=None)
+    app.state.models, app.state.engine = models, engine
+
+    schema = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        """The schema with the request's types, which FastAPI does not see: the body is read by :func:`read_body`."""
+        whole = schema()
+        request = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        types = request.pop("$defs")
+        whole.setdefault("components", {}).setdefault("schemas", {}).update(types | {"ChatRequest": request})
+        return whole
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
     @app.exception_handler(Refused)
     async def say_why(_: Request, fault: Refused) -> JSONResponse:
         headers = {"Retry-After": str(fault.retry_after_s)} if fault.retry_after_s else None
         return JSONResponse(fault.body(), fault.status, headers)
 
+    @app.exception_handler(HTTPException)
+    async def say_what_is_here(_: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        message = f"{error.detail}; this worker has /v1/chat/completions, /v1/models, /health and /metrics"
+        return JSONResponse(Refused(error.status_code, code, message).body(), error.status_code, error.headers)
+
     @app.get("/health")
     async def health() -> JSONResponse:
-        status = "failed" if model.failed else "ready" if model.answerer else "loading"
+        names = [answerer.model_id for answerer in models.answerers]
         state = {
-            "status": status,
-            "model": model.answerer.model_id if model.answerer else None,
-            "seconds": round(time.time() - model.started, 1),
-            "busy": line.busy,
-            "waiting": line.waiting,
+            "status": models.status,
+            "model": names[0] if names else None,
+            "models": names,
+            "seconds": round(time.time() - models.started, 1),
+            "busy": engine.answering > 0,
+            "answering": engine.answering,
+            "waiting": engine.waiting,
         }
-        return JSONResponse(state, 200 if status == "ready" else 503)
+        return JSONResponse(state, 200 if models.status == "ready" else 503)
+
+    @app.get("/metrics")
+    async def figures() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
+    async def list_models(request: Request) -> dict[str, Any]:
         check_key(request.headers, api_keys)
-        return model_list(model.ready().model_id, int(model.started))
+        return model_list([answerer.model_id for answerer in models.ready()], int(models.started))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", openapi_extra=REQUEST_BODY)
     async def chat_completions(request: Request) -> Response:
+        call = Call(f"chatcmpl-{uuid.uuid4().hex}")
+        tickets: list[Ticket] = []
+
+        def over() -> None:
+            for ticket in tickets:
+                engine.leave(ticket)
+            metrics.end(call)
+
+        try:
+            response = await answer(request, call, tickets)
+        except Refused as fault:
+            call.status, call.code = fault.status, fault.code
+            over()
+            raise
+        except BaseException:
+            call.status, call.code = 499, "client_left"
+            over()
+            raise
+        if isinstance(response, EventStream):
+            response._at_end = over
+        else:
+            over()
+        return response
+
+    async def answer(request: Request, call: Call, tickets: list[Ticket]) -> Response:
         check_key(request.headers, api_keys)
-        answerer = model.ready()
+        models.ready()
+        engine.check_room()
         question = parse(await read_body(request, limits))
-        if question.model != answerer.model_id:
-            message = f"no model {question.model!r} here; this worker serves {answerer.model_id!r}"
-            raise Refused(404, "model_not_found", message)
-        images = await asyncio.to_thread(open_images, question.image_uris(), limits)
-
-        def stream() -> Generator[str, None, Completion]:
-            return answerer.stream(
-                images, question.turns(), max_new_tokens=question.max_new_tokens(limits.max_new_tokens),
-                temperature=question.temperature or 0.0, top_p=question.top_p or 1.0, stop=question.stops(),
-                seed=question.seed,
-            )
-
-        await line.enter()
-        generation = Generation(stream, line.leave)
-        request_id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        answerer = models.find(question.model)
+        call.model, call.stream, call.answers = question.model, bool(question.stream), question.answers()
+        call.images = len(question.image_uris())
+        ticket = engine.enter(answerer, question.answers())
+        tickets.append(ticket)
+        async with readers:
+            images = await asyncio.to_thread(open_images, question.image_uris(), limits, image_hosts or {})
+            prepared = await asyncio.to_thread(prepare, answerer, question, images, limits)
+        call.prompt_tokens = len(prepared[0].ids)
+        engine.begin(ticket, prepared)
+        news = News(engine, ticket, request, call, limits.max_wait_s)
+        created = int(time.time())
         if question.stream:
-            try:
-                first = await generation.next(FIRST_PIECE_S)
-            except BaseException:
-                generation.stop()
-                raise
+            first = await news.next(FIRST_PIECE_S)
             with_usage = bool(question.stream_options and question.stream_options.include_usage)
-            events = server_sent_events(generation, first, request_id, created, question.model, with_usage)
-            return StreamingResponse(
-                events, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            )
-        whole = await whole_answer(generation, request)
-        if whole is None:
-            return Response(status_code=499)  # nobody is left to read it
-        return JSONResponse(
-            completion(request_id, created, question.model, whole.text, whole.finish_reason, usage_of(whole))
-        )
+            return EventStream(server_sent_events(news, first, created, with_usage), lambda: None)
+        choices = await whole_answers(news)
+        return JSONResponse(completion(call.id, created, question.model, choices, usage_of(call)))
 
     return app
+
+
+class News:
+    """What comes of one request: waits for it, watches the client and the clock, and keeps the call's counts."""
+
+    def __init__(self, engine: Engine, ticket: Ticket, request: Request, call: Call, max_wait_s: float) -> None:
+        self.call, self.size = call, ticket.size
+        self._engine, self._ticket, self._request, self._max_wait_s = engine, ticket, request, max_wait_s
+        self._look_at = time.monotonic() + POLL_S
+        self.unfinished = ticket.size
+
+    def position(self) -> int:
+        """Place in line; 0 once its answers have begun."""
+        return self._engine.position(self._ticket)
+
+    async def next(self, timeout_s: float) -> Piece | None:
+        """The next piece, or None after ``timeout_s`` of silence. Raises Refused: the model failed, the wait in line
+        got too long, or the client left."""
+        deadline = time.monotonic() + timeout_s
+        piece: Piece | Exception | None = None
+        while piece is None:
+            now = time.monotonic()
+            if now >= self._look_at:
+                await self._look_around()
+                self._look_at = now + POLL_S
+            if now >= deadline and self._ticket.news.empty():
+                return None
+            try:
+                async with asyncio.timeout(max(min(POLL_S, deadline - now), 0.001)):
+                    piece = await self._ticket.news.get()
+            except TimeoutError:
+                continue
+        if isinstance(piece, Exception):
+            raise refusal(piece)
+        self._count(piece)
+        return piece
+
+    async def _look_around(self) -> None:
+        if await self._request.is_disconnected():
+            raise Refused(499, "client_left", "the client left")
+        waited = time.monotonic() - self._ticket.arrived
+        if waited > self._max_wait_s and self.position():
+            message = f"the model was busy with other questions for {self._max_wait_s:.0f} s; try again"
+            raise Refused(503, "queue_timeout", message, retry_after_s=30)
+
+    def _count(self, piece: Piece) -> None:
+        if self._ticket.joined is not None:
+            self.call.queue_s = self._ticket.joined - self._ticket.arrived
+        self.call.first_token()
+        if piece.whole:
+            self.unfinished -= 1
+            self.call.completion_tokens += piece.whole.completion_tokens
 
 
 def check_key(headers: Mapping[str, str], api_keys: Sequence[str]) -> None:
@@ -266,16 +324,22 @@ def check_key(headers: Mapping[str, str], api_keys: Sequence[str]) -> None:
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body of a JSON request. Raises Refused on another content type or more bytes than pictures can explain."""
+    """The body of a JSON request. Raises Refused on another content type, and on too many bytes before all are read."""
     # A page of another site can post text/plain without asking first; it cannot post JSON.
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise Refused(415, "unsupported_media_type", "send JSON with 'Content-Type: application/json'")
-    most = MAX_IMAGES * limits.max_image_bytes * 4 // 3 + 4_000_000
+    too_large = Refused(
+        413, "request_too_large",
+        f"the request has more than {limits.max_request_mb:g} MB (--max-request-mb): send fewer or smaller pictures",
+    )
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced) > limits.max_request_bytes:
+        raise too_large
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > most:
-            raise Refused(413, "request_too_large", f"the request has more than {most / 1e6:.0f} MB")
+        if len(body) > limits.max_request_bytes:
+            raise too_large
     return bytes(body)
 
 
@@ -284,26 +348,50 @@ def parse(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        unknown = any(fault["type"] == "extra_forbidden" for fault in error.errors())
-        code = "unknown_field" if unknown else "invalid_request"
-        raise Refused(400, code, describe(error)) from None
+        faults = error.errors(include_input=False, include_context=False)
+        unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]
+        where = (unknown or faults)[0]["loc"]
+        param = ".".join(str(part) for part in where if part not in ("text", "image_url", "function-before")) or None
+        if unknown:
+            names = ", ".join(repr(".".join(str(part) for part in fault["loc"])) for fault in unknown)
+            raise Refused(400, "unknown_parameter", f"Unknown parameter: {names}", param=param) from None
+        raise Refused(400, "invalid_request", describe(error), param=param) from None
 
 
-def open_images(uris: Sequence[str], limits: Limits) -> list[Image.Image]:
+def prepare(
+    answerer: Answerer, question: ChatRequest, images: Sequence[Image.Image], limits: Limits
+) -> list[Prepared]:
+    """One row for each answer that is asked for; answers of one request differ by their seeds. Raises Refused."""
+    try:
+        first = answerer.prepare(
+            images, question.turns(), max_new_tokens=question.max_new_tokens(limits.max_new_tokens),
+            temperature=question.temperature or 0.0,
+            top_p=question.top_p or 1.0, stop=question.stops(), seed=question.seed,
+            top_logprobs=question.alternatives(),
+        )
+    except MedllavaError as error:
+        raise refusal(error) from None
+    seeds = [None if question.seed is None else question.seed + number for number in range(question.answers())]
+    return [replace(first, seed=seed) for seed in seeds]
+
+
+def open_images(uris: Sequence[str], limits: Limits, hosts: Mapping[str, str | None]) -> list[Image.Image]:
     """The pictures of a request. Raises Refused on the first that is too large or no picture."""
-    if len(uris) > MAX_IMAGES:
-        raise Refused(413, "too_many_images", f"{len(uris)} pictures in one request; the limit is {MAX_IMAGES}")
+    if len(uris) > limits.max_images:
+        raise Refused(
+            413, "too_many_images", f"{len(uris)} pictures in one request; the limit is {limits.max_images}"
+        )
     images = []
     for number, uri in enumerate(uris, start=1):
-        size = len(uri.partition(",")[2]) * 3 // 4
-        if size > limits.max_image_bytes:
-            raise Refused(
-                413, "image_too_large",
-                f"picture {number} has {size / 1e6:.1f} MB; the limit is {limits.max_image_mb:g} MB (--max-image-mb):"
-                " send a smaller copy or a region of it",
-            )
         try:
-            images.append(load_image(uri))
+            data = fetch_picture(uri, hosts, limits.max_image_bytes) if not uri.startswith("data:") else uri
+            size = len(uri.partition(",")[2]) * 3 // 4 if isinstance(data, str) else len(data)
+            if size > limits.max_image_bytes:
+                raise ImageTooLarge(
+                    f"it has {size / 1e6:.1f} MB; the limit is {limits.max_image_mb:g} MB (--max-image-mb): send a"
+                    " smaller copy or a region of it"
+                )
+            images.append(load_image(data))
         except ImageTooLarge as error:
             raise Refused(413, "image_too_large", f"picture {number}: {error}") from None
         except DataError as error:
@@ -311,47 +399,59 @@ def open_images(uris: Sequence[str], limits: Limits) -> list[Image.Image]:
     return images
 
 
-async def whole_answer(generation: Generation, request: Request) -> Completion | None:
-    """The finished answer, or None if the client left, which also stops the generation."""
-    looked = time.monotonic()
-    try:
-        while True:
-            piece = await generation.next(POLL_S)
-            if piece is not None and not isinstance(piece, str):
-                return piece
-            if time.monotonic() - looked >= POLL_S:
-                if await request.is_disconnected():
-                    return None
-                looked = time.monotonic()
-    finally:
-        generation.stop()
+async def whole_answers(news: News) -> list[dict[str, Any]]:
+    """The finished answers as choices of a completion. Raises Refused."""
+    texts = [""] * news.size
+    reasons = [""] * news.size
+    noted: list[list[TokenLogprob]] = [[] for _ in range(news.size)]
+    while news.unfinished:
+        piece = await news.next(HEARTBEAT_S)
+        if piece is None:
+            continue
+        noted[piece.index] += piece.logprobs
+        if piece.whole:
+            texts[piece.index], reasons[piece.index] = piece.whole.text, piece.whole.finish_reason
+    return [
+        choice(index, text, reason, logprobs_of(tokens) if tokens else None)
+        for index, (text, reason, tokens) in enumerate(zip(texts, reasons, noted, strict=True))
+    ]
 
 
-async def server_sent_events(
-    generation: Generation, piece: str | Completion | None, request_id: str, created: int, model: str, with_usage: bool
-) -> AsyncIterator[str]:
-    """The answer as server-sent events, from ``piece`` on. Closed by the server when the client leaves."""
+async def server_sent_events(news: News, piece: Piece | None, created: int, with_usage: bool) -> AsyncIterator[str]:
+    """The answers as server-sent events, from ``piece`` on. Closed by the server when the client leaves."""
 
     def event(**fields: Any) -> str:
-        return f"data: {json.dumps(chunk(request_id, created, model, **fields), ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps(chunk(news.call.id, created, news.call.model or '', **fields))}\n\n"
 
     try:
-        yield event(delta={"role": "assistant", "content": ""})
-        while piece is None or isinstance(piece, str):
-            yield event(delta={"content": piece}) if piece is not None else ": still at work\n\n"
-            piece = await generation.next(HEARTBEAT_S)
-        yield event(finish_reason=piece.finish_reason)
+        for index in range(news.size):
+            yield event(index=index, delta={"role": "assistant", "content": ""})
+        while True:
+            if piece is None:
+                position = news.position()
+                yield f": waiting, {position} in line\n\n" if position else ": still at work\n\n"
+            else:
+                if piece.text or piece.logprobs:
+                    noted = logprobs_of(piece.logprobs) if piece.logprobs else None
+                    yield event(index=piece.index, delta={"content": piece.text}, logprobs=noted)
+                if piece.whole:
+                    yield event(index=piece.index, finish_reason=piece.whole.finish_reason)
+                if not news.unfinished:
+                    break
+            piece = await news.next(HEARTBEAT_S)
         if with_usage:
-            yield event(usage=usage_of(piece))
+            yield event(usage=usage_of(news.call))
         yield "data: [DONE]\n\n"
     except Refused as fault:
+        news.call.status, news.call.code = fault.status, fault.code
         yield f"data: {json.dumps(fault.body())}\n\n"
-    finally:
-        generation.stop()
+    except (asyncio.CancelledError, GeneratorExit):
+        news.call.status, news.call.code = 499, "client_left"
+        raise
 
 
-def usage_of(answer: Completion) -> Usage:
+def usage_of(call: Call) -> Usage:
     return Usage(
-        prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens,
-        total_tokens=answer.prompt_tokens + answer.completion_tokens,
+        prompt_tokens=call.prompt_tokens, completion_tokens=call.completion_tokens,
+        total_tokens=call.prompt_tokens + call.completion_tokens,
     )

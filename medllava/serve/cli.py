@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from pydantic import ValidationError
 
-from medllava.conversation import IMAGE_TAG, Turn
+from medllava.conversation import IMAGE_TAG, Turn, as_text
 from medllava.errors import ConfigError, MedllavaError, run_cli
 from medllava.geometry import Box, Point, parse_boxes
 from medllava.images import draw_boxes, load_image
@@ -65,9 +65,7 @@ class Chat:
         """Answer ``text``, printing the pieces as they come if ``show``. A question that fails leaves no trace.
 
         Raises MedllavaError."""
-        text = with_region(text, self.box)
-        if IMAGE_TAG in text:
-            raise ConfigError(f"{IMAGE_TAG} is reserved; name the picture with --image-file or /image")
+        text = as_text(with_region(text, self.box))
         first = not self.turns and self.image is not None
         turns = [*self.turns, Turn(role="user", text=f"{IMAGE_TAG}\n{text}" if first else text)]
         stream = self.answerer.stream([self.image] if self.image else [], turns, **self.options)

@@ -6,18 +6,23 @@ from typing import Any
 
 from medllava.errors import DataError, ImageTooLarge, MedllavaError, PromptTooLong
 
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
 
 class Refused(Exception):
     """A question that is not answered: an HTTP status, a code for programs and a sentence for people."""
 
-    def __init__(self, status: int, code: str, message: str, *, retry_after_s: int | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, *, retry_after_s: int | None = None, param: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.code, self.message, self.retry_after_s = status, code, message, retry_after_s
+        self.status, self.code, self.message = status, code, message
+        self.retry_after_s, self.param = retry_after_s, param
 
     def body(self) -> dict[str, Any]:
         """The error as the OpenAI API writes it."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def refusal(error: Exception) -> Refused:

@@ -1,17 +1,24 @@
 """The part of the OpenAI chat-completions API that the worker speaks, as types.
 
-What changes an answer is either honoured or refused with a reason, never ignored: a client that asks for tools, for
-log-probabilities or for two answers should not believe that it got them. ``user``, ``store``, ``metadata`` and an
-image's ``detail`` change no answer here: they are accepted and nothing is kept of them.
+What changes an answer is either honoured or refused with a reason, never ignored: a client that asks for tools or for
+JSON should not believe that it got them. ``user``, ``store``, ``metadata``, an image's ``detail`` and their like change
+no answer here: they are accepted and nothing is kept of them. A field that the API does not know is refused by name.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from medllava.conversation import IMAGE_TAG, Role, Turn
+from medllava.conversation import IMAGE_TAG, Role, Turn, as_text
+
+if TYPE_CHECKING:
+    from medllava.model.decoding import TokenLogprob
+
+MOST_ANSWERS = 16
+"""Largest ``n`` of a request."""
 
 
 class _Strict(BaseModel):
@@ -26,16 +33,6 @@ class TextPart(_Strict):
 class ImageUrl(_Strict):
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
-
-    @field_validator("url")
-    @classmethod
-    def _only_data(cls, url: str) -> str:
-        if not url.startswith("data:"):
-            raise ValueError(
-                "only data URIs (data:image/png;base64,...) are accepted: this server fetches nothing from a network"
-                " and opens no file for a client"
-            )
-        return url
 
 
 class ImagePart(_Strict):
@@ -67,12 +64,10 @@ class Message(_Strict):
     def _pictures_come_from_the_user(self) -> Message:
         if self.role != "user" and self.image_uris():
             raise ValueError(f"pictures belong in user messages, not in a {self.role} message")
-        if any(IMAGE_TAG in text for text in self._texts()):
-            raise ValueError(f"{IMAGE_TAG} is reserved; send pictures as image_url parts")
         return self
 
     def _texts(self) -> list[str]:
-        return [part.text for part in self.content if isinstance(part, TextPart)]
+        return [as_text(part.text) for part in self.content if isinstance(part, TextPart)]
 
     def image_uris(self) -> list[str]:
         return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
@@ -83,7 +78,7 @@ class Message(_Strict):
         role: Role = "system" if self.role == "developer" else self.role
         if len(self.image_uris()) == 1:
             return Turn(role=role, text="\n".join([IMAGE_TAG, *self._texts()]))
-        parts = (part.text if isinstance(part, TextPart) else IMAGE_TAG for part in self.content)
+        parts = (as_text(part.text) if isinstance(part, TextPart) else IMAGE_TAG for part in self.content)
         return Turn(role=role, text="\n".join(parts))
 
 
@@ -104,14 +99,27 @@ class ChatRequest(_Strict):
     stop: str | list[str] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: int | None = 1
-    seed: int | None = None
+    n: int | None = Field(default=1, ge=1, le=MOST_ANSWERS)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    # They change no answer here.
     user: str | None = None
     store: bool | None = None
     metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: str | None = None
+    parallel_tool_calls: bool | None = None
     # Accepted only with the value that changes nothing; see _refuse_what_is_not_served.
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
+    modalities: list[str] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    web_search_options: None = None
+    function_call: Any = None
     logit_bias: dict[str, float] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
@@ -122,17 +130,20 @@ class ChatRequest(_Strict):
 
     @model_validator(mode="after")
     def _refuse_what_is_not_served(self) -> ChatRequest:
-        if self.n not in (None, 1):
-            raise ValueError(f"n: one answer per request, got n={self.n}; send the request again for another")
         if self.response_format not in (None, {"type": "text"}):
             raise ValueError("response_format: only {'type': 'text'} is served")
+        if self.modalities not in (None, ["text"]):
+            raise ValueError("modalities: only ['text'] is served")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: only with logprobs=true")
         for name in (
-            "logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty", "tools", "functions"
+            "logit_bias", "frequency_penalty", "presence_penalty", "tools", "functions", "reasoning_effort", "verbosity"
         ):
             if getattr(self, name):
                 raise ValueError(f"{name}: not served by this model; leave it out")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise ValueError("tool_choice: not served by this model; leave it out")
+        for name in ("tool_choice", "function_call"):
+            if getattr(self, name) not in (None, "none", "auto"):
+                raise ValueError(f"{name}: not served by this model; leave it out")
         if any(not text for text in self.stops()) or len(self.stops()) > 4:
             raise ValueError("stop: one to four texts, none of them empty")
         if self.stream_options and not self.stream:
@@ -143,6 +154,13 @@ class ChatRequest(_Strict):
 
     def stops(self) -> tuple[str, ...]:
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def answers(self) -> int:
+        return self.n or 1
+
+    def alternatives(self) -> int | None:
+        """How many alternatives to each token are wanted; None if not even its own log-probability is."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def max_new_tokens(self, default: int) -> int:
         return self.max_completion_tokens or self.max_tokens or default
@@ -160,34 +178,53 @@ class Usage(_Strict):
     total_tokens: int
 
 
+def choice(index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    """One of the answers of a :func:`completion`."""
+    message = {"role": "assistant", "content": text, "refusal": None}
+    return {"index": index, "message": message, "finish_reason": finish_reason, "logprobs": logprobs}
+
+
 def completion(
-    request_id: str, created: int, model: str, text: str, finish_reason: str, usage: Usage
+    request_id: str, created: int, model: str, choices: Sequence[dict[str, Any]], usage: Usage
 ) -> dict[str, Any]:
-    """A whole answer."""
-    choice = {
-        "index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "finish_reason": finish_reason,
-        "logprobs": None,
-    }
+    """Whole answers."""
     return {
-        "id": request_id, "object": "chat.completion", "created": created, "model": model, "choices": [choice],
+        "id": request_id, "object": "chat.completion", "created": created, "model": model, "choices": list(choices),
         "usage": usage.model_dump(),
     }
 
 
 def chunk(
-    request_id: str, created: int, model: str, *, delta: dict[str, str] | None = None, finish_reason: str | None = None,
-    usage: Usage | None = None,
+    request_id: str, created: int, model: str, *, index: int = 0, delta: dict[str, str] | None = None,
+    finish_reason: str | None = None, logprobs: dict[str, Any] | None = None, usage: Usage | None = None,
 ) -> dict[str, Any]:
     """One server-sent event of a streamed answer; a chunk with ``usage`` has no choices and comes last."""
-    choices = [] if usage else [{"index": 0, "delta": delta or {}, "finish_reason": finish_reason, "logprobs": None}]
+    piece = {"index": index, "delta": delta or {}, "finish_reason": finish_reason, "logprobs": logprobs}
     return {
-        "id": request_id, "object": "chat.completion.chunk", "created": created, "model": model, "choices": choices,
-        "usage": usage.model_dump() if usage else None,
+        "id": request_id, "object": "chat.completion.chunk", "created": created, "model": model,
+        "choices": [] if usage else [piece], "usage": usage.model_dump() if usage else None,
     }
 
 
-def model_list(model: str, created: int) -> dict[str, Any]:
-    """``GET /v1/models``: the one model that this worker serves."""
+def logprobs_of(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """The log-probabilities of tokens as the API writes them."""
     return {
-        "object": "list", "data": [{"id": model, "object": "model", "created": created, "owned_by": "medllava"}]
+        "content": [
+            {
+                "token": token.text, "logprob": token.logprob, "bytes": list(token.data),
+                "top_logprobs": [
+                    {"token": text, "logprob": value, "bytes": list(data)} for text, data, value in token.top
+                ],
+            }
+            for token in tokens
+        ],
+        "refusal": None,
+    }
+
+
+def model_list(models: Sequence[str], created: int) -> dict[str, Any]:
+    """``GET /v1/models``: what this worker serves."""
+    return {
+        "object": "list",
+        "data": [{"id": model, "object": "model", "created": created, "owned_by": "medllava"} for model in models],
     }

@@ -14,6 +14,7 @@ import logging
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,21 +108,23 @@ def main(argv: list[str] | None = None) -> int:
         )
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
 
-    def load() -> Answerer:
+    def load() -> list[Answerer]:
         from medllava.model.answerer import Answerer
 
-        return Answerer.load(
-            options.model_path, device=options.device, load_4bit=options.load_4bit, load_8bit=options.load_8bit
-        )
+        return [
+            Answerer.load(
+                options.model_path, device=options.device, load_4bit=options.load_4bit, load_8bit=options.load_8bit
+            )
+        ]
 
-    outcomes: list[Answerer | Exception] = []
+    outcomes: list[Sequence[Answerer] | Exception] = []
 
-    def on_load(outcome: Answerer | Exception) -> None:
+    def on_load(outcome: Sequence[Answerer] | Exception) -> None:
         outcomes.append(outcome)
         if isinstance(outcome, Exception):
             server.should_exit = True
         else:
-            print(f"ready: {outcome.model_id}", flush=True)
+            print("ready: " + ", ".join(answerer.model_id for answerer in outcome), flush=True)
 
     app = create_app(
         load,

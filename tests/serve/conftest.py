@@ -24,7 +24,7 @@ from starlette.routing import Route
 from medllava.conversation import Turn
 from medllava.errors import PromptTooLong
 from medllava.geometry import format_box, parse_boxes
-from medllava.model.decoding import Completion
+from medllava.model.decoding import Completion, TokenLogprob
 from medllava.model.tiny import tiny_checkpoint
 from medllava.serve.app import Limits, create_app
 
@@ -35,7 +35,78 @@ class OutOfMemoryError(RuntimeError):
     """Stands for torch's error of that name."""
 
 
-@dataclass
+@dataclass(eq=False)
+class ScriptedRow:
+    """One answer of the scripted model: the words of a stream, one per step."""
+
+    question: ScriptedQuestion
+    stream: Generator[str, None, Completion]
+    said: str = ""
+    end: Completion | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return self.end is not None
+
+    def step(self) -> None:
+        try:
+            word = next(self.stream)
+        except StopIteration as end:
+            self.end = end.value
+            return
+        self.said += word
+        if self.question.options.get("top_logprobs") is not None:
+            self.logprobs.append(TokenLogprob(word, word.encode(), -0.5, ((word, word.encode(), -0.5),)))
+
+    def ready(self) -> str:
+        return self.said
+
+    def completion(self) -> Completion:
+        assert self.end is not None
+        return self.end
+
+
+@dataclass(frozen=True)
+class ScriptedQuestion:
+    images: list[Image.Image]
+    turns: list[Turn]
+    ids: list[int]
+    options: dict[str, Any]
+    seed: int | None
+
+
+class ScriptedBatch:
+    """The scripted model's rows; see :class:`medllava.model.decoding.Batch`."""
+
+    def __init__(self, answerer: ScriptedAnswerer) -> None:
+        self.answerer = answerer
+        self.rows: list[ScriptedRow] = []
+
+    def join(self, questions: Sequence[ScriptedQuestion]) -> list[ScriptedRow]:
+        rows = [
+            ScriptedRow(question, self.answerer.stream(question.images, question.turns, **question.options))
+            for question in questions
+        ]
+        for row in rows:
+            row.step()
+        self.rows += [row for row in rows if not row.finished]
+        return rows
+
+    def step(self) -> None:
+        if self.answerer.no_memory_for and len(self.rows) > self.answerer.no_memory_for:
+            raise OutOfMemoryError("CUDA out of memory")
+        for row in self.rows:
+            row.step()
+        self.rows = [row for row in self.rows if not row.finished]
+
+    def remove(self, rows: Sequence[ScriptedRow]) -> None:
+        for row in rows:
+            row.stream.close()
+        self.rows = [row for row in self.rows if row not in rows]
+
+
+@dataclass(eq=False)
 class ScriptedAnswerer:
     """Answers by rule: says which region it was asked about, or names a gland and its box; some words cause faults."""
 
@@ -45,6 +116,18 @@ class ScriptedAnswerer:
     asked: list[tuple[list[Image.Image], list[Turn], dict[str, Any]]] = field(default_factory=list)
     stopped_at: list[float] = field(default_factory=list)
     """Times at which a generation was closed before its end."""
+    no_memory_for: int = 0
+    """A step with more rows than that runs out of memory; 0 for none."""
+
+    def prepare(self, images: Sequence[Image.Image], turns: Sequence[Turn], **options: Any) -> ScriptedQuestion:
+        if "too many words" in turns[-1].text:
+            raise PromptTooLong("the question needs 9000 tokens; the model holds 4096: shorten it")
+        words = sum(len(turn.text.split()) for turn in turns)
+        length = words + len(images) * self.num_image_tokens
+        return ScriptedQuestion(list(images), list(turns), [0] * length, options, options.get("seed"))
+
+    def batch(self) -> ScriptedBatch:
+        return ScriptedBatch(self)
 
     def reply(self, question: str) -> str:
         boxes = parse_boxes(question)
@@ -110,11 +193,11 @@ def start_worker() -> Iterator[StartWorker]:
     def start(*, load: Callable[[], Any] | None = None, load_s: float = 0.0, **options: Any) -> RunningWorker:
         model = ScriptedAnswerer()
 
-        def load_scripted() -> ScriptedAnswerer:
+        def load_scripted() -> list[Any]:
             time.sleep(load_s)
-            return model
+            return [load()] if load else [model]
 
-        url, stop = serve_in_thread(create_app(load or load_scripted, **options))
+        url, stop = serve_in_thread(create_app(load_scripted, **options))
         stops.append(stop)
         if not load_s:
             wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
@@ -127,7 +210,7 @@ def start_worker() -> Iterator[StartWorker]:
 
 @pytest.fixture
 def worker(start_worker: StartWorker) -> RunningWorker:
-    return start_worker(limits=Limits(max_image_mb=1, max_waiting=1))
+    return start_worker(limits=Limits(max_image_mb=1, max_request_mb=15, max_batch=2, max_waiting=1))
 
 
 @pytest.fixture

@@ -96,7 +96,6 @@ def test_piped_questions_as_json_lines(
         (["--save-boxes", "out.png"], "--save-boxes needs"),
         (["--prompt", "too much memory"], "--load-4bit"),
         (["--prompt", "too many words"], "4096"),
-        (["--prompt", "an <image> tag"], "reserved"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(model: Any, arguments: list[str], why: str) -> None:

@@ -51,7 +51,9 @@ def test_a_whole_answer_with_usage(worker: Any, photograph: Path) -> None:
     assert images[0].size == (900, 300)
     assert images[0].tobytes() == load_image(photograph).tobytes()
     assert [(turn.role, turn.text) for turn in turns] == [("user", "<image>\nWhere is the gland?")]
-    assert options == {"max_new_tokens": 50, "temperature": 0.3, "top_p": 0.9, "stop": (), "seed": 3}
+    assert options == {
+        "max_new_tokens": 50, "temperature": 0.3, "top_p": 0.9, "stop": (), "seed": 3, "top_logprobs": None
+    }
 
 
 def test_a_streamed_answer_with_usage(worker: Any, photograph: Path) -> None:
@@ -139,8 +141,9 @@ def test_too_large_an_image(worker: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"n": 2}, "one answer per request"),
-        ({"logprobs": True}, "logprobs: not served"),
+        ({"n": 3}, "at most 2 answers"),
+        ({"n": 0}, "n: "),
+        ({"top_logprobs": 2}, "only with logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: not served"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"frequency_penalty": 0.5}, "frequency_penalty: not served"),
@@ -160,7 +163,6 @@ def test_what_would_change_the_answer_is_refused(worker: Any, options: dict[str,
     [
         [],
         [{"role": "assistant", "content": "I speak first"}],
-        [{"role": "user", "content": "a literal <image> tag"}],
         [{"role": "tool", "content": "x", "tool_call_id": "1"}],
         [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}],
     ],
@@ -234,21 +236,26 @@ def test_while_the_model_loads_the_server_says_so(start_worker: Any, wait: Wait)
     assert ask(worker, [{"role": "user", "content": "hello"}]).choices
 
 
-def test_one_at_a_time_and_a_short_line(worker: Any, wait: Wait) -> None:
+def test_answers_are_made_together_and_few_wait(worker: Any, wait: Wait) -> None:
     story = [{"role": "user", "content": "tell a long story"}]
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(ask, worker, story, max_tokens=60)
-        wait(lambda: httpx.get(f"{worker.url}/health").json()["busy"])
-        second = pool.submit(ask, worker, story, max_tokens=60)
-        wait(lambda: httpx.get(f"{worker.url}/health").json()["waiting"] == 1)
-        with pytest.raises(openai.InternalServerError) as caught:
+
+    def health() -> Any:
+        return httpx.get(f"{worker.url}/health").json()
+
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(ask, worker, story, max_tokens=60) for _ in range(2)]
+        wait(lambda: health()["answering"] == 2)
+        answers.append(pool.submit(ask, worker, story, max_tokens=5))
+        wait(lambda: health()["waiting"] == 1)
+        with pytest.raises(openai.RateLimitError, match="1 questions are waiting") as caught:
             ask(worker, story)
-        assert (caught.value.status_code, caught.value.code) == (503, "queue_full")
-        assert first.result().usage.completion_tokens == second.result().usage.completion_tokens == 60
+        assert (caught.value.status_code, caught.value.code) == (429, "queue_full")
+        assert int(caught.value.response.headers["Retry-After"]) >= 1
+        assert [answer.result().usage.completion_tokens for answer in answers] == [60, 60, 5]
 
 
 def test_a_wait_in_line_ends(start_worker: Any, wait: Wait) -> None:
-    worker = start_worker(limits=Limits(max_wait_s=0.3))
+    worker = start_worker(limits=Limits(max_batch=1, max_wait_s=0.3))
     story = [{"role": "user", "content": "tell a long story"}]
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, worker, story, max_tokens=80)

@@ -488,8 +488,11 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
 def _accelerator(mixed_precision: str) -> Any:
     from accelerate import Accelerator
 
+    on_cpu = checkpoint.best_device() == "cpu"
+    if on_cpu:  # DeepSpeed, which accelerate imports where it is installed, would say that it finds no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Unless told that it is on the CPU, accelerate lets torchrun's processes run side by side without joining them.
-    return Accelerator(mixed_precision=mixed_precision, cpu=checkpoint.best_device() == "cpu")
+    return Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
 
 
 def _steps(optim: Optim, order: Order) -> int:

@@ -8,7 +8,6 @@ that ZeRO-3 has spread are empty tensors to everyone else: whoever reads them do
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,8 +43,6 @@ class Zero:
             raise ConfigError(f"{file}: {', '.join(theirs)} come from the recipe; remove them from this file")
         if not torch.distributed.is_initialized():
             raise ConfigError("--deepspeed needs processes: torchrun --nproc-per-node N -m medllava.train ...")
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         try:
             import deepspeed
         except (ImportError, OSError, RuntimeError) as error:

@@ -11,6 +11,8 @@ SHELL := /bin/bash
 
 demo_extras = gen,train,serve,eval
 test_extras = gen,redact,train,serve,eval,dev
+# Of the extra gpu, what also runs on a CPU: 4-bit training and ZeRO are tested there.
+test_more = bitsandbytes deepspeed
 check_extras = gen,redact,train,serve,eval,dev
 bench_extras = gen,train,serve,eval
 
@@ -21,7 +23,7 @@ bench_extras = gen,train,serve,eval
 	@echo "installing into .venv/$* (about two minutes the first time)"
 	@$(PYTHON) -m venv .venv/$*
 	@.venv/$*/bin/python -m pip install $(PIP_QUIET) -c constraints.txt torch 2> >(grep -v '^WARNING: Location' >&2)
-	@.venv/$*/bin/python -m pip install $(PIP_QUIET) -c constraints.txt -e '.[$($*_extras)]' 2> >(grep -v '^WARNING: Location' >&2)
+	@.venv/$*/bin/python -m pip install $(PIP_QUIET) -c constraints.txt -e '.[$($*_extras)]' $($*_more) 2> >(grep -v '^WARNING: Location' >&2)
 	@touch $@
 
 demo: .venv/demo/.ready

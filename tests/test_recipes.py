@@ -13,14 +13,17 @@ from medllava.eval.benchmarks import load_benchmark
 from medllava.eval.judge import request as judge_request
 from medllava.eval.records import Question
 from medllava.instruct_gen.concepts import Vocabulary
+from medllava.instruct_gen.frame_filter import Prompts
 from medllava.instruct_gen.kinds import load_prompts
 from medllava.instruct_gen.prompts import load_prompt
 from medllava.instruct_gen.recipe import GenerateRecipe
+from medllava.jsonl import read_json
 from medllava.train.config import load_training_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 KINDS = {
-    "train/recipes": "training", "instruct_gen/recipes": "generation", "instruct_gen/prompts": "prompt",
+    "train/recipes": "training", "train/deepspeed": "deepspeed", "instruct_gen": "frame filter",
+    "instruct_gen/recipes": "generation", "instruct_gen/prompts": "prompt",
     "instruct_gen/vocabulary": "vocabulary",
     "eval/benchmarks": "benchmark", "eval/prompts": "judge",
 }
@@ -38,7 +41,8 @@ def test_every_kind_was_found() -> None:
     found = {path.parent.relative_to(REPOSITORY).as_posix() for path in FILES}
     assert found == KINDS.keys()
     counts = {folder: sum(path.parent == REPOSITORY / folder for path in FILES) for folder in KINDS}
-    assert counts["train/recipes"] >= 5
+    assert counts["train/recipes"] >= 11
+    assert counts["train/deepspeed"] == 2
     assert counts["instruct_gen/recipes"] >= 2
     assert counts["eval/benchmarks"] >= 5
 
@@ -48,6 +52,11 @@ def test_it_loads_as_what_it_is(path: Path) -> None:
     kind = KINDS[path.parent.relative_to(REPOSITORY).as_posix()]
     if kind == "training":
         assert load_training_recipe(path, []).seed >= 0
+    elif kind == "deepspeed":
+        settings = read_json(path)
+        assert settings["zero_optimization"]["stage"] == int(path.stem.removeprefix("zero"))
+    elif kind == "frame filter":
+        assert load_recipe(path, Prompts).domains
     elif kind == "generation":
         recipe = load_recipe(path, GenerateRecipe)
         recipe = recipe.model_copy(update={"prompts": path.parent / recipe.prompts})
@@ -80,5 +89,7 @@ def test_a_misspelt_key_is_refused_with_a_suggestion(path: Path, tmp_path: Path)
             load_training_recipe(wrong, [])
         elif kind == "generation":
             load_recipe(wrong, GenerateRecipe)
+        elif kind == "frame filter":
+            load_recipe(wrong, Prompts)
         else:
             load_benchmark(str(wrong))

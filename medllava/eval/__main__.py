@@ -1,4 +1,4 @@
-"""``python -m medllava.eval answer | score | judge | report | rescore | encoder``: answers, judges, encoders."""
+"""``python -m medllava.eval STEP``: fetch data, answer, score, judge, report, rescore, compare; encoder figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from medllava.errors import run_cli
 from medllava.steps import run_step
 
-STEPS = ("answer", "score", "judge", "report", "rescore", "encoder")
+STEPS = ("answer", "score", "judge", "report", "rescore", "compare", "encoder")
 
 
 def main(argv: list[str] | None = None) -> int:

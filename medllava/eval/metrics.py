@@ -67,20 +67,21 @@ def estimate(
     number = len(group_names)
     if number < 2:
         return Estimate(value, None, None)
-    draws = _draws(number, resamples, seed)
+    draws = group_draws(number, resamples, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = np.mean((draws @ total) / (draws @ count), axis=1)
+        sums = draws @ np.concatenate([total, count], axis=1)
+        means = np.mean(sums[:, : len(labels)] / sums[:, len(labels) :], axis=1)
     # A resample that misses a whole stratum has no balanced accuracy; it is left out.
     low, high = np.nanpercentile(means, (2.5, 97.5))
     return Estimate(value, float(low), float(high))
 
 
-@lru_cache(maxsize=4)
-def _draws(number: int, resamples: int, seed: int) -> NDArray[np.float32]:
+@lru_cache(maxsize=3)
+def group_draws(number: int, resamples: int, seed: int) -> NDArray[np.float64]:
     """How often each of ``number`` groups is drawn in each resample, ``(resamples, number)``. Kept, because a report
-    asks for the same draws for every metric; single precision holds such counts exactly."""
+    asks for the same draws for every metric."""
     counts = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=resamples)
-    return counts.astype(np.float32)
+    return counts.astype(np.float64)
 
 
 def bounded(scores: Sequence[float], groups: Sequence[str], found: Estimate) -> Estimate:
@@ -165,7 +166,8 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
     ]
 
 
-def _stratum(metric: str, question: Question) -> str:
+def stratum(metric: str, question: Question) -> str:
+    """The class that a balanced metric weighs alike, or nothing."""
     return reference(question) if metric in BALANCED else ""
 
 
@@ -174,7 +176,7 @@ def metric(name: str, rows: Sequence[Row], *, seed: int = 0) -> Metric:
     scored = [(row, row.scores[name]) for row in rows if row.scores is not None]
     scores = [score for _, score in scored]
     groups = [row.question.group for row, _ in scored]
-    found = estimate(scores, groups, [_stratum(name, row.question) for row, _ in scored], seed=seed)
+    found = estimate(scores, groups, [stratum(name, row.question) for row, _ in scored], seed=seed)
     if name in RIGHT_OR_WRONG:
         found = bounded(scores, groups, found)
     return Metric(value=found.value, low=found.low, high=found.high, n=len(scored), unscored=len(rows) - len(scored))
@@ -191,7 +193,7 @@ def gain(name: str, real: Sequence[Row], other: Sequence[Row], *, seed: int = 0)
     found = estimate(
         [difference for _, difference in paired],
         [question.group for question, _ in paired],
-        [_stratum(name, question) for question, _ in paired],
+        [stratum(name, question) for question, _ in paired],
         seed=seed,
     )
     unscored = len({row.question.id for row in (*real, *other)}) - len(paired)

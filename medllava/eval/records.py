@@ -68,6 +68,24 @@ class Verdict(_Record):
     raw: str | None = None
 
 
+class PairVerdict(_Record):
+    """Two answers compared by a judge in both orders: the mean points of the answer and of the ``other``, or None with
+    the reason. ``raw`` are the replies (candidate first, candidate second); ``removed`` counts sentences that spoke to
+    the judge and were taken out before it read them."""
+
+    question_id: str
+    condition: str = "real"
+    judge: str
+    points: float | None = None
+    other_points: float | None = None
+    consistent: bool | None = None
+    words: int = 0
+    other_words: int = 0
+    removed: int = 0
+    reason: str = ""
+    raw: tuple[str | None, ...] = ()
+
+
 class Metric(_Record):
     """A mean with its 95 % interval; ``n`` scored, ``unscored`` left out of the mean."""
 

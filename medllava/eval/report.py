@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     title = arguments.title or f"Evaluation: {made.get('benchmark', {}).get('name', 'answers')}"
     write_report(
         arguments.out, report, rows, texts, images or Path(made.get("images", answers.parent)), title=title,
-        gallery=arguments.gallery,
+        gallery=arguments.gallery, date=made.get("date"),
     )
     write_records(arguments.out / "verdicts.jsonl", verdicts(rows))
     write_json(arguments.out / "report.json", report.model_dump(mode="json"))
@@ -80,6 +80,7 @@ def write_report(
     *,
     title: str,
     gallery: int = 8,
+    date: str | None = None,
 ) -> None:
     """Write chart.svg, report.md and report.html into ``out``; ``texts`` maps question ids to answers."""
     from medllava.eval.chart import bar_chart
@@ -89,7 +90,7 @@ def write_report(
     for name, text in (
         ("chart.svg", chart),
         ("report.md", as_markdown(report, title)),
-        ("report.html", _as_html(report, rows, texts, images, title, chart, gallery)),
+        ("report.html", _as_html(report, rows, texts, images, title, chart, gallery, date)),
     ):
         with atomic_write(out / name) as file:
             file.write(text)
@@ -148,7 +149,8 @@ def interval(found: Metric, sign: bool = False) -> str:
 
 
 def _as_html(
-    report: Report, rows: list[Row], texts: dict[str, str], images: Path, title: str, chart: str, gallery: int
+    report: Report, rows: list[Row], texts: dict[str, str], images: Path, title: str, chart: str, gallery: int,
+    date: str | None,
 ) -> str:
     try:
         import jinja2
@@ -169,7 +171,7 @@ def _as_html(
     return environment.get_template("report.html").render(
         title=title, report=report, definitions={**METRICS, "judge": JUDGE}, labels=LABELS,
         chart=chart.replace("<svg ", '<svg class="chart" ', 1),
-        model=report.provenance.get("model", "unknown model"), date=report.provenance.get("date"),
+        model=report.provenance.get("model", "unknown model"), date=date,
         questions=len(real), groups=len({row.question.group for row in real}),
         boxes=any(card["boxes"] for card in cards.values()),
         galleries=[

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def score_files(answers: Path, questions: Path | None = None, *, seed: int = 0) -> tuple[Report, list[Row]]:
-    """Score an answers file. Needs no model; the same files give the same report, its date included.
+    """Score an answers file. Needs no model; the same files give the same report.
 
     Raises DataError if a file is missing or does not fit the other.
     """
@@ -77,7 +77,7 @@ def score_files(answers: Path, questions: Path | None = None, *, seed: int = 0) 
     from medllava.eval.benchmarks import questions_hash, read_question_file
     from medllava.eval.metrics import RESAMPLES, grade_all, summarise
     from medllava.jsonl import read_records
-    from medllava.model.manifest import current_versions, now
+    from medllava.model.manifest import current_versions
 
     source = questions or answers.parent / "questions.jsonl"
     if not source.exists():
@@ -89,13 +89,13 @@ def score_files(answers: Path, questions: Path | None = None, *, seed: int = 0) 
     rows = grade_all(asked, given, failures)
     made = provenance.read_run(answers)
     origin: dict[str, Any] = {
-        **made,
+        # The date stays in run.json: the same answers give the same report, byte for byte.
+        **{key: value for key, value in made.items() if key != "date"},
         "questions_sha256": questions_hash(asked),
         "answers_sha256": _answers_hash(given),
         "scoring": {"resamples": RESAMPLES, "seed": seed, "unit": "group"},
         "versions": made.get("versions") or current_versions(),
-        "command": made.get("command") or provenance.command("score"),
-        "date": made.get("date") or now(),
+        "command": made.get("command") or provenance.command("score", without=("--out", "--answers")),
     }
     origin.setdefault("model", ", ".join(sorted({answer.model for answer in given})))
     report = summarise(rows, origin, seed=seed)

@@ -53,7 +53,7 @@ def test_report_holds_the_keys_others_read(report: Path) -> None:
     written = json.loads((report / "report.json").read_text())
     assert {"where", "yes_no", "what", "count", "box_iou", "judge"} <= set(written["metrics"])
     assert set(written["ablations"]) == {"no_image", "blank", "noise", "mismatched"}
-    assert {"model", "questions_sha256", "answers_sha256", "versions", "command", "date"} <= set(written["provenance"])
+    assert {"model", "questions_sha256", "answers_sha256", "versions", "command"} <= set(written["provenance"])
 
 
 def test_markdown_and_chart(report: Path) -> None:
@@ -79,3 +79,19 @@ def test_report_beside_the_answers(discs: Path, report: Path, tmp_path: Path) ->
     first, second = (json.loads((folder / "report.json").read_text()) for folder in (report, tmp_path))
     assert first["metrics"].pop("judge")
     assert first["metrics"] == second["metrics"]
+
+
+def test_two_runs_give_the_same_bytes(discs: Path, looks: Ask, tmp_path: Path) -> None:
+    """answers.jsonl and report.json of two greedy runs, made at different times into different folders."""
+    questions = read_questions(discs / "questions.jsonl")
+    made = []
+    for name in ("one", "two"):
+        out = tmp_path / name
+        answer_all(questions, Benchmark(name="discs"), Pictures(discs, questions), looks, "stub", out)
+        write_records(out / "questions.jsonl", questions)
+        write_json(out / "run.json", {"model": "stub", "date": f"at time {name}"})
+        line = ["report", "--answers", str(out / "answers.jsonl"), "--images", str(discs), "--out", str(out / "r")]
+        assert commands.main(line) == 0
+        made.append([(out / "answers.jsonl").read_bytes(), (out / "r" / "report.json").read_bytes()])
+    assert made[0] == made[1]
+    assert "at time one" in (tmp_path / "one" / "r" / "report.html").read_text()

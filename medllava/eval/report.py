@@ -1,4 +1,4 @@
-"""Write report.json, report.md, report.html and chart.svg for saved answers, with pictures of right and wrong ones.
+"""Write report.json, .md, .tex, .html and chart.svg for saved answers, with pictures of right, wrong, unclear ones.
 
 The page is one file: pictures and style are inside it and it asks nothing of any network.
 
@@ -23,6 +23,10 @@ HELP = "write the report as JSON, Markdown and one HTML page with pictures"
 
 REFERENCE_COLOUR, ANSWER_COLOUR = "#1a9850", "#e6194b"
 JUDGE = "mean grade 0..1 by a text model that sees the reference but not the picture"
+ROTATION = {
+    "mean": "accuracy over all orders", "same_answer": "the same option named in every order",
+    "all_right": "right in every order",
+}
 _RIGHT_IOU = 0.5
 _THUMBNAIL = 480
 
@@ -54,8 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         questions, images = questions or benchmark.questions, images or benchmark.images
     report, rows = score_files(answers, questions, seed=arguments.seed)
     if arguments.judged:
-        judged = Report.model_validate(read_json(arguments.judged)).metrics
-        report = report.model_copy(update={"metrics": {**report.metrics, **judged}})
+        judged = Report.model_validate(read_json(arguments.judged))
+        notes = (*report.notes, *(f"Judge: {note}" for note in judged.notes))
+        report = report.model_copy(update={"metrics": {**report.metrics, **judged.metrics}, "notes": notes})
     texts = {
         answer.question_id: answer.text for answer in read_answers(answers) if answer.condition == "real"
     }
@@ -82,7 +87,7 @@ def write_report(
     gallery: int = 8,
     date: str | None = None,
 ) -> None:
-    """Write chart.svg, report.md and report.html into ``out``; ``texts`` maps question ids to answers."""
+    """Write chart.svg, report.md, report.tex and report.html into ``out``; ``texts`` maps question ids to answers."""
     from medllava.eval.chart import bar_chart
     from medllava.jsonl import atomic_write
 
@@ -90,6 +95,7 @@ def write_report(
     for name, text in (
         ("chart.svg", chart),
         ("report.md", as_markdown(report, title)),
+        ("report.tex", as_latex(report, title)),
         ("report.html", _as_html(report, rows, texts, images, title, chart, gallery, date)),
     ):
         with atomic_write(out / name) as file:
@@ -126,11 +132,50 @@ def as_markdown(report: Report, title: str) -> str:
             gained = report.visual_gain.get(name)
             cells += [signed(gained.value), interval(gained, True)] if gained else ["", ""]
             lines.append(f"| {name} | {number(found.value)} | {' | '.join(cells)} |")
+    if report.rotation:
+        lines += ["", "## With the options in every order", "", "| | value | 95 % interval | questions |"]
+        lines += ["| --- | ---: | ---: | ---: |"]
+        for name, found in report.rotation.items():
+            lines.append(f"| {ROTATION[name]} | {number(found.value)} | {interval(found)} | {found.n} |")
+    if report.abstention:
+        shares = ", ".join(f"{name} {number(found.value)}" for name, found in report.abstention.items())
+        lines += ["", f"Share of answers that say they cannot tell: {shares}."]
+    for category, values in report.by_category.items():
+        names = list(dict.fromkeys(name for found in values.values() for name in found))
+        lines += ["", f"## By {category}", "", f"| {category} | questions | {' | '.join(names)} |"]
+        lines += ["| --- |" + " ---: |" * (len(names) + 1)]
+        for value, by_name in values.items():
+            cells = [number(by_name[name].value) if name in by_name else "" for name in names]
+            lines.append(f"| {value} | {_questions_of(by_name)} | {' | '.join(cells)} |")
     lines += ["", "![Scores with the picture and without it](chart.svg)", "", "## What the metrics are", ""]
     lines += [f"- `{name}`: {METRICS[name]}" for name in report.metrics if name in METRICS]
     lines += ["", "## How the answers were made", ""]
     lines += [f"- {key}: `{value}`" for key, value in _flat(report.provenance)]
     return "\n".join(lines) + "\n"
+
+
+def _questions_of(by_name: dict[str, Metric]) -> int:
+    """Questions of one value of a category: each kind of question has a metric of its own."""
+    from medllava.eval.vqa import FIRST_METRICS
+
+    firsts = [found.n for name, found in by_name.items() if name in FIRST_METRICS]
+    return sum(firsts) if firsts else max((found.n for found in by_name.values()), default=0)
+
+
+def as_latex(report: Report, title: str) -> str:
+    """The scores as a LaTeX table (booktabs), with intervals, the blank picture and the visual gain."""
+    from medllava.eval.latex import table
+
+    blank = report.ablations.get("blank", {})
+    rows = []
+    for name, found in report.metrics.items():
+        without, gained = blank.get(name), report.visual_gain.get(name)
+        rows.append([
+            name, number(found.value), interval(found), str(found.n), number(without.value) if without else "",
+            f"{gained.value:+.3f}" if gained and gained.value is not None else "",
+        ])
+    head = ["metric", "score", "95 % interval", "n", "blank picture", "visual gain"]
+    return table(head, rows, f"{title}. Model: {report.provenance.get('model', 'unknown')}.")
 
 
 def number(value: float | None) -> str:
@@ -157,6 +202,7 @@ def _as_html(
     except ImportError as error:
         raise MissingExtraError("jinja2", "eval", error) from error
     from medllava.eval.chart import LABELS
+    from medllava.eval.judge_pairs import METRICS as PAIRS
     from medllava.eval.vqa import METRICS
 
     environment = jinja2.Environment(
@@ -165,11 +211,14 @@ def _as_html(
     )
     environment.filters.update(number=number, signed=signed, interval=interval)
     real = [row for row in rows if row.condition == "real"]
-    right = _spread([row for row in real if row.scores is not None and _is_right(row)], gallery)
-    wrong = _spread([row for row in real if row.scores is not None and not _is_right(row)], gallery)
-    cards = {row.question.id: _card(row, texts, images) for row in (*right, *wrong)}
+    scored = [row for row in real if row.scores is not None]
+    right = _spread([row for row in scored if _is_right(row)], gallery)
+    wrong = _spread([row for row in scored if not _is_right(row) and row.read is not None], gallery)
+    unclear = _spread([row for row in scored if row.read is None], gallery)
+    cards = {row.question.id: _card(row, texts, images) for row in (*right, *wrong, *unclear)}
     return environment.get_template("report.html").render(
-        title=title, report=report, definitions={**METRICS, "judge": JUDGE}, labels=LABELS,
+        title=title, report=report, definitions={**METRICS, **PAIRS, "judge": JUDGE}, labels=LABELS,
+        rotation=ROTATION,
         chart=chart.replace("<svg ", '<svg class="chart" ', 1),
         model=report.provenance.get("model", "unknown model"), date=date,
         questions=len(real), groups=len({row.question.group for row in real}),
@@ -177,6 +226,7 @@ def _as_html(
         galleries=[
             ("Right answers", [cards[row.question.id] for row in right]),
             ("Wrong answers", [cards[row.question.id] for row in wrong]),
+            ("Unclear answers", [cards[row.question.id] for row in unclear]),
         ],
         provenance=_flat(report.provenance),
     )

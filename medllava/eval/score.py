@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,8 @@ def score_files(answers: Path, questions: Path | None = None, *, seed: int = 0) 
     if not source.exists():
         raise DataError(f"{source}: no such file; give the question file with --questions")
     asked, skipped = read_question_file(source)
-    given = [answer for answer in read_answers(answers) if answer.question_id not in skipped]
+    known = {question.id for question in asked} | skipped
+    given = [answer for answer in read_answers(answers, known) if answer.question_id not in skipped]
     failed = answers.parent / "failed.jsonl"
     failures = list(read_records(failed, Failure)) if failed.exists() else []
     rows = grade_all(asked, given, failures)
@@ -108,11 +110,13 @@ def score_files(answers: Path, questions: Path | None = None, *, seed: int = 0) 
     return report, rows
 
 
-def read_answers(path: Path) -> list[Answer]:
-    """Our answers, or any JSON Lines with ``question_id`` and ``text``. Raises DataError naming file and line."""
+def read_answers(path: Path, known: Container[str] | None = None) -> list[Answer]:
+    """Our answers, or any JSON Lines with ``question_id`` and ``text``. Raises DataError naming file and line for what
+    is no answer, for a second answer to a question under one condition, and, with ``known``, for one to no question."""
     from medllava.jsonl import read_rows
 
-    found = []
+    found: list[Answer] = []
+    lines: dict[tuple[str, str], int] = {}
     for number, row in read_rows(path):
         if "question_id" not in row or not isinstance(row.get("text"), str):
             raise DataError(f"{path}:{number}: an answer needs 'question_id' and a 'text'")
@@ -127,6 +131,18 @@ def read_answers(path: Path) -> list[Answer]:
                 model=str(row.get("model") or row.get("model_id") or "unknown"),
             )
         )
+        answer = found[-1]
+        if known is not None and answer.question_id not in known:
+            raise DataError(
+                f"{path}:{number}: an answer is to question {answer.question_id!r}, which the question file does not"
+                " have; give the file it was answered from with --questions"
+            )
+        before = lines.setdefault((answer.question_id, answer.condition), number)
+        if before != number:
+            raise DataError(
+                f"{path}:{number}: question {answer.question_id!r} is answered twice under condition"
+                f" {answer.condition!r}, first in line {before}"
+            )
     if not found:
         raise DataError(f"{path}: holds no answers")
     return found

@@ -35,6 +35,10 @@ METRICS: dict[str, str] = {
 """Metric name -> what it is, in the order reports print it."""
 
 
+FIRST_METRICS = frozenset({"where", "yes_no", "what", "count", "box_iou", "closed_accuracy", "open_f1"})
+"""The verdict of each kind of question; the others say more about the same answers."""
+
+
 @dataclass(frozen=True)
 class Grade:
     """One answer, read: metric name -> 0..1 (the first is the verdict's score) and what it was read as, or None."""

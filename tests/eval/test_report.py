@@ -44,7 +44,8 @@ def test_the_page_stands_alone(report: Path) -> None:
     assert "url(" not in page and "@import" not in page
     assert "Discs &amp; co" in page
     assert "stub &lt;b&gt;" in page
-    assert page.count("data:image/jpeg;base64,") == 16
+    assert page.count("data:image/jpeg;base64,") == 24
+    assert "Unclear answers" in page
     assert "card right" in page and "card wrong" in page
     assert "#1a9850" in page and "#e6194b" in page
 
@@ -95,3 +96,23 @@ def test_two_runs_give_the_same_bytes(discs: Path, looks: Ask, tmp_path: Path) -
         made.append([(out / "answers.jsonl").read_bytes(), (out / "r" / "report.json").read_bytes()])
     assert made[0] == made[1]
     assert "at time one" in (tmp_path / "one" / "r" / "report.html").read_text()
+
+
+def test_latex_and_categories(tmp_path: Path) -> None:
+    questions = [
+        {"id": f"q{n}", "image": None, "question": "Is it?", "kind": "closed", "answer": "yes", "choices": ["yes", "no"],
+         "group": f"g{n}", "categories": {"tissue": "Bone" if n % 2 else "Breast"}}
+        for n in range(20)
+    ]
+    write_records(tmp_path / "questions.jsonl", questions)
+    write_records(tmp_path / "answers.jsonl", [
+        {"question_id": f"q{n}", "text": "yes" if n % 2 else "I cannot tell", "model": "a_b"} for n in range(20)
+    ])
+    out = tmp_path / "out"
+    assert commands.main(["report", "--answers", str(tmp_path / "answers.jsonl"), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert "| Bone | 10 | 1.000 | 1.000 |" in text and "| Breast | 10 | 0.000 | 0.000 |" in text
+    assert "Share of answers that say they cannot tell: real 0.500." in text
+    latex = (out / "report.tex").read_text()
+    assert r"closed\_accuracy & 0.500" in latex and r"Model: a\_b." in latex
+    assert latex.count(r"\\") == 3

@@ -136,6 +136,15 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         score_files(tmp_path / "nothing.jsonl", gt)
     with pytest.raises(DataError, match="--questions"):
         score_files(answers)
+    answers.write_text('{"question_id": 0, "text": "yes"}\n{"question_id": 5, "text": "yes"}\n')
+    with pytest.raises(DataError, match=r"answers.jsonl:2: an answer is to question '5'.*--questions"):
+        score_files(answers, gt)
+    answers.write_text('{"question_id": 0, "text": "yes"}\n{"question_id": 0, "text": "no"}\n')
+    with pytest.raises(DataError, match=r"answers.jsonl:2: question '0' is answered twice .*first in line 1"):
+        score_files(answers, gt)
+    answers.write_text('{"question_id": 0, "te\n{"question_id": 0, "text": "no"}\n')
+    with pytest.raises(DataError, match=r"answers.jsonl:1: not JSON"):
+        score_files(answers, gt)
     answers.write_text('{"question_id": 0}\n')
     with pytest.raises(DataError, match=r"answers.jsonl:1.*'text'"):
         score_files(answers, gt)

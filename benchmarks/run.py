@@ -10,7 +10,7 @@ import sys
 from itertools import takewhile
 from pathlib import Path
 
-BENCHMARKS = ("narrate",)
+BENCHMARKS = ("narrate", "serve")
 
 
 def main() -> int:

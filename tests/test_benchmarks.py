@@ -45,3 +45,15 @@ def test_gpu_train_tries_itself_on_a_cpu(repository: Path, tmp_path: Path) -> No
             assert rows[f"{stage}: {figure}"]["value"] > 0
     assert rows["packing beside the plain path: loss"]["holds"]
     assert not any("projected" in figure or "MFU" in figure for figure in rows)
+
+
+def test_serve_checks_every_answer(repository: Path, tmp_path: Path) -> None:
+    out = tmp_path / "serve.json"
+    command = [sys.executable, "benchmarks/run.py", "serve", "--quick", "--clients", "16", "--out", str(out)]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["figure"]: row for row in read_json(out)["rows"]}
+    assert all(set(row) == KEYS for row in rows.values())
+    assert rows["16 clients against one at a time"]["value"] >= 3
+    assert rows["different right answers"]["value"] > 8
+    assert rows["wrong answers"]["value"] == rows["requests left in the worker"]["value"] == 0

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,11 @@ class Answerer:
     """A checkpoint ready to answer. Not safe for two threads at once, :meth:`prepare` aside: the caller queues.
 
     ``manifest``: the checkpoint's description. ``model_id``: its folder's name, for display and the HTTP API.
-    ``num_image_tokens``: tokens that one picture takes in the prompt.
+    ``num_image_tokens``: tokens that one picture takes in the prompt. ``activate`` is called before each pass of a
+    model that is shared with others.
     """
 
-    def __init__(self, loaded: Loaded, model_id: str) -> None:
+    def __init__(self, loaded: Loaded, model_id: str, activate: Callable[[], None] = lambda: None) -> None:
         from medllava.model.pixels import tokens_per_image
         from medllava.model.prompt import PromptBuilder
 
@@ -41,6 +43,7 @@ class Answerer:
         self.model_id = model_id
         self.num_image_tokens = tokens_per_image(loaded.processor)
         self._model = loaded.model
+        self._activate = activate
         self._tokenizer = loaded.tokenizer
         self._image_processor = loaded.image_processor
         # A tokenizer of its own: a thread prepares the next question while another reads out the answers.
@@ -70,6 +73,23 @@ class Answerer:
 
         loaded = checkpoint.load(path, device=device, dtype=dtype, load_4bit=load_4bit, load_8bit=load_8bit)
         return cls(loaded, Path(path).resolve().name)
+
+    @classmethod
+    def load_adapters(
+        cls, path: Path, adapters: Mapping[str, Path], *, device: str | None = None, load_4bit: bool = False,
+        load_8bit: bool = False,
+    ) -> list[Answerer]:
+        """Open a full checkpoint and LoRA checkpoints that stand on it, by name: the base first, then one Answerer for
+        each. They share the language model, so only one of them may be at work at a time. Raises CheckpointError."""
+        from medllava.model import checkpoint
+        from medllava.model.adapters import Adapters
+
+        base = checkpoint.load(path, device=device, load_4bit=load_4bit, load_8bit=load_8bit)
+        switchable = Adapters(base, path)
+        answerers = [cls(base, path.resolve().name, partial(switchable.switch, None))]
+        for name, folder in adapters.items():
+            answerers.append(cls(switchable.add(name, folder), name, partial(switchable.switch, name)))
+        return answerers
 
     def stream(
         self,
@@ -182,7 +202,7 @@ class Answerer:
         from medllava.model.decoding import Batch
 
         pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._ends[0]
-        return Batch(self._model, self._tokenizer, self._ends, pad)
+        return Batch(self._model, self._tokenizer, self._ends, pad, self._activate)
 
 
 def _end_ids(generation_config: Any, tokenizer: Any) -> list[int]:

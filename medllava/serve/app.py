@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import secrets
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +40,8 @@ from medllava.serve.schema import ChatRequest, Usage, choice, chunk, completion,
 if TYPE_CHECKING:
     from medllava.model.answerer import Answerer
     from medllava.model.decoding import Prepared, TokenLogprob
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 """How often a request that waits looks whether its client is still there."""
@@ -80,19 +84,16 @@ class Models:
 
     answerers: Sequence[Answerer] = ()
     failed: bool = False
-    stopping: bool = False
     started: float = field(default_factory=time.time)
 
     @property
     def status(self) -> str:
         if self.failed:
             return "failed"
-        return "stopping" if self.stopping else "ready" if self.answerers else "loading"
+        return "ready" if self.answerers else "loading"
 
     def ready(self) -> Sequence[Answerer]:
-        """The loaded models. Raises Refused while there is none, and once the worker is about to end."""
-        if self.stopping:
-            raise Refused(503, "stopping", "this worker is being stopped; ask another", retry_after_s=5)
+        """The loaded models. Raises Refused while there is none."""
         if not self.answerers:
             seconds = time.time() - self.started
             raise Refused(
@@ -136,8 +137,8 @@ def create_app(
     on_load: Callable[[Sequence[Answerer] | Exception], None] = lambda outcome: None,
 ) -> FastAPI:
     """The application. ``load`` runs in a thread from the start of the server, which answers 503 until it is done;
-    ``on_load`` is then called, in that thread, with the models or with what went wrong. ``app.state.models.stopping``
-    set to True lets no further question in. ``image_hosts``: see :mod:`medllava.serve.fetch`."""
+    ``on_load`` is then called, in that thread, with the models or with what went wrong.
+    ``image_hosts``: see :mod:`medllava.serve.fetch`."""
     limits = limits or Limits()
     models = Models()
     engine = Engine(max_rows=limits.max_batch, max_waiting=limits.max_waiting)
@@ -161,7 +162,6 @@ def create_app(
         yield
 
     app = FastAPI(title="medllava worker", lifespan=lifespan, root_path=root_path, docs_url=None, redoc_url=None)
-    app.state.models, app.state.engine = models, engine
 
     schema = app.openapi
 
@@ -225,10 +225,17 @@ def create_app(
             call.status, call.code = fault.status, fault.code
             over()
             raise
-        except BaseException:
+        except asyncio.CancelledError:
             call.status, call.code = 499, "client_left"
             over()
             raise
+        except Exception as error:  # noqa: BLE001 - the server would log its text, which may quote the question
+            defect = refusal(error)
+            call.status, call.code = defect.status, defect.code
+            over()
+            where = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("a request failed with %s\n%s", type(error).__name__, where)
+            raise defect from None
         if isinstance(response, EventStream):
             response._at_end = over
         else:
@@ -243,7 +250,7 @@ def create_app(
         answerer = models.find(question.model)
         call.model, call.stream, call.answers = question.model, bool(question.stream), question.answers()
         call.images = len(question.image_uris())
-        ticket = engine.enter(answerer, question.answers())
+        ticket = engine.enter(answerer, question.answers(), streamed=bool(question.stream))
         tickets.append(ticket)
         async with readers:
             images = await asyncio.to_thread(open_images, question.image_uris(), limits, image_hosts or {})
@@ -294,6 +301,14 @@ class News:
                 continue
         if isinstance(piece, Exception):
             raise refusal(piece)
+        # What came in the meantime goes along: a busy server sends fewer, longer pieces.
+        while self.size == 1 and not piece.whole and not self._ticket.news.empty():
+            further = self._ticket.news.get_nowait()
+            if isinstance(further, Exception):
+                raise refusal(further)
+            piece = replace(
+                further, text=piece.text + further.text, logprobs=[*piece.logprobs, *further.logprobs]
+            )
         self._count(piece)
         return piece
 

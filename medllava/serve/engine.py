@@ -38,10 +38,12 @@ class Piece:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request in line or in a batch. ``size``: answers that it asks for, each a row of the batch."""
+    """A request in line or in a batch. ``size``: answers that it asks for, each a row of the batch. ``streamed``:
+    whether it is told of each token, or only of whole answers."""
 
     answerer: Answerer
     size: int
+    streamed: bool
     arrived: float = field(default_factory=time.monotonic)
     joined: float | None = None
     """When its answers began, in seconds of the monotonic clock."""
@@ -60,6 +62,8 @@ class Ticket:
         found = []
         for index, (row, (text_sent, noted)) in enumerate(zip(self.rows, self.shown, strict=True)):
             if text_sent < 0:  # this row's last piece is out
+                continue
+            if not (row.finished or self.streamed):
                 continue
             text, logprobs = row.ready(), row.logprobs[noted:]
             if len(text) > text_sent or row.finished:
@@ -120,13 +124,13 @@ class Engine:
             retry_after_s=wait_s,
         )
 
-    def enter(self, answerer: Answerer, size: int) -> Ticket:
+    def enter(self, answerer: Answerer, size: int, *, streamed: bool) -> Ticket:
         """Take a place in line. Raises Refused if it is full or the request has more answers than fit at once."""
         if size > self._max_rows:
             raise Refused(400, "invalid_request", f"n: at most {self._max_rows} answers per request here", param="n")
         with self._wake:
             self.check_room()
-            ticket = Ticket(answerer, size)
+            ticket = Ticket(answerer, size, streamed)
             self._line.append(ticket)
         return ticket
 
@@ -212,12 +216,13 @@ class Engine:
 
     def _report(self) -> None:
         """Send what is new, and let finished requests go."""
+        news: list[tuple[Ticket, Piece | Exception]] = []
         for ticket in list(self._active):
-            for piece in ticket.pieces():
-                self._post(ticket, piece)
+            news += [(ticket, piece) for piece in ticket.pieces()]
             if ticket.done():
                 self._active.remove(ticket)
                 self._mean_s += 0.2 * (time.monotonic() - (ticket.joined or ticket.arrived) - self._mean_s)
+        self._post(news)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         if refusal(error).code == "internal_error":
@@ -225,10 +230,17 @@ class Engine:
             where = "".join(traceback.format_tb(error.__traceback__))
             logger.error("generation failed with %s\n%s", type(error).__name__, where)
         self._active.remove(ticket)
-        self._post(ticket, error)
+        self._post([(ticket, error)])
 
-    def _post(self, ticket: Ticket, news: Piece | Exception) -> None:
+    def _post(self, news: Sequence[tuple[Ticket, Piece | Exception]]) -> None:
+        """Hand news over to the event loop: at once for all rows, since each handing over takes time from the model."""
+
+        def deliver() -> None:
+            for ticket, item in news:
+                ticket.news.put_nowait(item)
+
         assert self._loop is not None
         # After an interrupted start or stop the loop may be gone; then nobody listens either.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(ticket.news.put_nowait, news)
+            if news:
+                self._loop.call_soon_threadsafe(deliver)

@@ -31,15 +31,34 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="medllava serve.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--model-path", type=Path, required=True, help="checkpoint folder")
+    options.add_argument(
+        "--model-path", type=Path, required=True, action="append", help="checkpoint folder; repeat to serve several"
+    )
+    options.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=DIR",
+        help="LoRA folder on the first --model-path, asked for as model NAME; repeat for several",
+    )
     options.add_argument("--port", type=int, default=8000, help="0 takes any free port (default 8000)")
     options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default 127.0.0.1)")
     options.add_argument("--api-key-file", type=Path, help="file with one accepted key a line")
     options.add_argument("--root-path", default="", help="path that a proxy serves this under, such as /worker1")
     options.add_argument("--max-image-mb", type=float, default=20.0, help="largest encoded picture (default 20)")
     options.add_argument("--max-new-tokens", type=int, default=256, help="where a request names none (default 256)")
-    options.add_argument("--max-waiting", type=int, default=16, help="questions that may wait in line (default 16)")
+    options.add_argument("--max-images", type=int, default=8, help="pictures per request (default 8)")
+    options.add_argument("--max-request-mb", type=float, default=64.0, help="largest request (default 64)")
+    options.add_argument(
+        "--allow-image-host", action="append", default=[], metavar="HOST[=ADDRESS]",
+        help="fetch pictures from https://HOST/...; ADDRESS for a host of this network (default: from nowhere)",
+    )
+    options.add_argument("--max-batch", type=int, default=16, help="answers made at the same time (default 16)")
+    options.add_argument("--max-waiting", type=int, default=64, help="questions that may wait in line (default 64)")
     options.add_argument("--max-wait-s", type=float, default=300.0, help="longest wait in line (default 300)")
+    options.add_argument(
+        "--drain-s", type=int, default=30, help="how long a stopped worker finishes answers under way (default 30)"
+    )
+    options.add_argument(
+        "--log-json", action="store_true", help="log JSON lines on stderr, one per request, without its content"
+    )
     options.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
     quantised = options.add_mutually_exclusive_group()
     quantised.add_argument("--load-4bit", action="store_true", help="language model in 4 bits (bitsandbytes)")
@@ -61,6 +80,29 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     if not keys:
         raise ConfigError(f"--api-key-file {path}: holds no key; write one a line")
     return keys
+
+
+def named_folders(given: Sequence[str]) -> dict[str, Path]:
+    """``NAME=DIR`` of each adapter. Raises ConfigError."""
+    adapters = {}
+    for entry in given:
+        name, equals, folder = entry.partition("=")
+        if not (name and equals and folder) or name in adapters:
+            raise ConfigError(f"--adapter {entry}: expected NAME=DIR, each name once")
+        adapters[name] = Path(folder)
+    return adapters
+
+
+def log_to_stderr(*, as_json: bool) -> None:
+    """Warnings as text; or JSON lines, with one for each request."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    if as_json:
+        from medllava.serve.metrics import JsonLines, requests_log
+
+        handler.setFormatter(JsonLines())
+        requests_log.setLevel(logging.INFO)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -95,27 +137,33 @@ def main(argv: list[str] | None = None) -> int:
         import uvicorn
 
         from medllava.serve.app import Limits, create_app
+        from medllava.serve.fetch import parse_hosts
     except ImportError as error:
         raise MissingExtraError("fastapi and uvicorn", "serve", error) from error
 
-    if not options.model_path.is_dir():
-        raise CheckpointError(f"{options.model_path}: no such checkpoint folder")
+    adapters = named_folders(options.adapter)
+    for folder in [*options.model_path, *adapters.values()]:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such checkpoint folder")
+    names = [folder.resolve().name for folder in options.model_path] + list(adapters)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two models of the same name among {', '.join(names)}; rename a folder or an adapter")
+    hosts = parse_hosts(options.allow_image_host)
     keys = read_keys(options.api_key_file)
     if options.host not in LOOPBACK and not keys:
         print(
             f"warning: {options.host} lets other machines use this worker without a key; see --api-key-file",
             file=sys.stderr,
         )
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    log_to_stderr(as_json=options.log_json)
 
     def load() -> list[Answerer]:
         from medllava.model.answerer import Answerer
 
-        return [
-            Answerer.load(
-                options.model_path, device=options.device, load_4bit=options.load_4bit, load_8bit=options.load_8bit
-            )
-        ]
+        how = {"device": options.device, "load_4bit": options.load_4bit, "load_8bit": options.load_8bit}
+        first, *others = options.model_path
+        loaded = Answerer.load_adapters(first, adapters, **how) if adapters else [Answerer.load(first, **how)]
+        return [*loaded, *(Answerer.load(folder, **how) for folder in others)]
 
     outcomes: list[Sequence[Answerer] | Exception] = []
 
@@ -129,17 +177,24 @@ def main(argv: list[str] | None = None) -> int:
     app = create_app(
         load,
         limits=Limits(
-            max_image_mb=options.max_image_mb, max_new_tokens=options.max_new_tokens, max_waiting=options.max_waiting,
+            max_image_mb=options.max_image_mb, max_images=options.max_images, max_request_mb=options.max_request_mb,
+            max_new_tokens=options.max_new_tokens, max_batch=options.max_batch, max_waiting=options.max_waiting,
             max_wait_s=options.max_wait_s,
         ),
+        image_hosts=hosts,
         api_keys=keys,
         root_path=options.root_path,
         on_load=on_load,
     )
-    # access_log=False: not even addresses are written. A stopped server waits two seconds for answers under way.
+    # access_log=False: not even addresses are written. A stopped server takes nothing new and finishes what it has.
     server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="on")
+        uvicorn.Config(
+            app, log_config=None, log_level="warning", access_log=False, lifespan="on",
+            timeout_graceful_shutdown=options.drain_s,
+        )
     )
+    # The thread of the models shares the interpreter with that of the connections and should get it back soon.
+    sys.setswitchinterval(0.0005)
     listener = listen(options.host, options.port)
     print(f"listening on {url_of(listener)}", flush=True)
     if options.stop_with_stdin:
@@ -152,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         server.run(sockets=[listener])
     failure = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
     if failure is not None:
-        raise load_fault(failure, options.model_path)
+        raise load_fault(failure, options.model_path[0])
     return 0
 
 

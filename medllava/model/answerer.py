@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from medllava.conversation import Turn
+from medllava.conversation import IMAGE_TAG, Turn, as_text
 from medllava.errors import PromptTooLong
+from medllava.images import load_image
 
 if TYPE_CHECKING:
     from medllava.model.checkpoint import Loaded
@@ -139,6 +140,12 @@ class Answerer:
         return self.answer_batch(
             [(images, turns)], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed
         )[0]
+
+    def ask(self, text: str, *pictures: str | Path | Image.Image, max_new_tokens: int = 256) -> Completion:
+        """The greedy answer to one question about pictures (files, data URIs or opened ones). Raises DataError."""
+        images = [source if isinstance(source, Image.Image) else load_image(source) for source in pictures]
+        question = Turn(role="user", text=f"{IMAGE_TAG}\n" * len(images) + as_text(text))
+        return self.answer(images, [question], max_new_tokens=max_new_tokens)
 
     def answer_batch(
         self,

@@ -201,6 +201,8 @@ def parser() -> argparse.ArgumentParser:
         prog="medllava serve.cli", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--model-path", type=Path, required=True, help="checkpoint folder")
+    options.add_argument("--model-base", type=Path, help="base of an adapter folder, which names its own: checked only")
+    options.add_argument("--conv-mode", help="chat format, which the checkpoint knows: checked only")
     options.add_argument("--image-file", type=Path, help="picture of any size; none asks about text only")
     options.add_argument("--prompt", help="ask this and end")
     options.add_argument("--box", help="x1,y1,x2,y2 in 0..1: the region the question is about")
@@ -217,6 +219,21 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+def check_original_flags(answerer: Answerer, path: Path, base: Path | None, conv_mode: str | None) -> None:
+    """The flags of LLaVA's own command say what a checkpoint here knows of itself: warn where they differ."""
+    manifest = answerer.manifest
+    if base is not None and manifest.base is not None:
+        own = Path(manifest.base) if Path(manifest.base).is_absolute() else path / manifest.base
+        if own.resolve() != base.resolve() and manifest.base != str(base):
+            print(f"warning: --model-base {base} is not used; {path} stands on {manifest.base}", file=sys.stderr)
+    wanted = {"v1": "vicuna_v1", "llava_v1": "vicuna_v1"}.get(conv_mode or "", conv_mode)
+    if wanted is not None and wanted != manifest.chat_format:
+        print(
+            f"warning: --conv-mode {conv_mode} is not used; {path} was trained with {manifest.chat_format}",
+            file=sys.stderr,
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.save_boxes and (options.prompt is None or options.image_file is None):
@@ -230,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     answerer = Answerer.load(
         options.model_path, device=options.device, load_4bit=options.load_4bit, load_8bit=options.load_8bit
     )
+    check_original_flags(answerer, options.model_path, options.model_base, options.conv_mode)
     sampling = {
         "max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "top_p": options.top_p,
         "seed": options.seed,

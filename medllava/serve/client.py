@@ -45,15 +45,25 @@ class Worker:
     async def state(self) -> WorkerState:
         """Ask how the worker is; never raises for a worker that is down."""
         try:
-            health = (await self._http.get(f"{self.url}/health")).json()
+            health = await self._health()
             status, model = health["status"], health["model"]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        except (httpx.HTTPError, ValueError, LookupError, TypeError):
             return WorkerState(self.url, "unreachable", None, f"no worker answers at {self.url}")
         if status != "ready":
             return WorkerState(self.url, "loading", None, f"loading the model, {health.get('seconds', 0):.0f} s so far")
         waiting = health.get("waiting", 0)
         line = f"answering, {waiting} waiting" if waiting else "answering" if health.get("busy") else "ready"
         return WorkerState(self.url, "ready", str(model), line)
+
+    async def _health(self) -> dict[str, Any]:
+        """What ``/health`` says; of vLLM and SGLang, which only say there that they are well, the first model."""
+        reply = await self._http.get(f"{self.url}/health")
+        if reply.status_code == 200 and not reply.content.startswith(b"{"):
+            key = {"Authorization": f"Bearer {self._client.api_key}"}
+            listed = (await self._http.get(f"{self.url}/v1/models", headers=key)).json()
+            return {"status": "ready", "model": listed["data"][0]["id"]}
+        health: dict[str, Any] = reply.json()
+        return health
 
     async def ask(
         self, turns: Sequence[Turn], image_uri: str | None = None, *, max_new_tokens: int = 256

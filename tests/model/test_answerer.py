@@ -162,3 +162,10 @@ def test_no_gradients_are_kept(answerer: Answerer) -> None:
     answerer.answer(PICTURES[:1], ask("Where?"), max_new_tokens=2)
     assert torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in answerer._model.parameters())
+
+
+def test_three_lines_of_python(answerer: Answerer, tmp_path: Path) -> None:
+    PICTURES[0].save(tmp_path / "tissue.png")
+    asked = answerer.ask("Where is the <image> gland?", tmp_path / "tissue.png", PICTURES[1], max_new_tokens=4)
+    assert asked.completion_tokens
+    assert asked.prompt_tokens > 2 * answerer.num_image_tokens

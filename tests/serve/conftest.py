@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -113,6 +114,7 @@ class ScriptedAnswerer:
     model_id: str = "scripted"
     num_image_tokens: int = 16
     think_s: float = 2.0
+    manifest: Any = field(default_factory=lambda: SimpleNamespace(base=None, chat_format="medllava"))
     asked: list[tuple[list[Image.Image], list[Turn], dict[str, Any]]] = field(default_factory=list)
     stopped_at: list[float] = field(default_factory=list)
     """Times at which a generation was closed before its end."""
@@ -232,6 +234,21 @@ def proxy() -> Iterator[Callable[[str], str]]:
             return StreamingResponse(reply.aiter_raw(), reply.status_code, headers)
 
         url, stop = serve_in_thread(Starlette(routes=[Route("/chat{rest:path}", forward, methods=["GET", "POST"])]))
+        stops.append(stop)
+        return url
+
+    yield start
+    for stop in stops:
+        stop()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Any], str]]:
+    """Serve an ASGI application; returns its address."""
+    stops: list[Callable[[], None]] = []
+
+    def start(app: Any) -> str:
+        url, stop = serve_in_thread(app)
         stops.append(stop)
         return url
 

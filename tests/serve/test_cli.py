@@ -132,3 +132,12 @@ def test_the_real_model_answers_a_photograph_of_odd_shape(tiny: Path, tmp_path: 
     assert runs[0] == runs[1]
     result = json.loads(runs[0])
     assert result["usage"]["completion_tokens"] <= 5 and result["model"] == tiny.name
+
+
+def test_the_flags_of_llavas_own_command(tiny: Path, photograph: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model-path", str(tiny), "--image-file", str(photograph), "--prompt", "Where?", "--device", "cpu"]
+    arguments += ["--temperature", "0.2", "--max-new-tokens", "3"]
+    assert main([*arguments, "--conv-mode", "medllava"]) == 0
+    assert capsys.readouterr().err.count("warning") == 0
+    assert main([*arguments, "--conv-mode", "llava_v1", "--model-base", "elsewhere"]) == 0
+    assert "--conv-mode llava_v1 is not used" in capsys.readouterr().err

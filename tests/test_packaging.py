@@ -22,7 +22,7 @@ STEPS = {
     "instruct_gen": ("narrate", "generate", "check"),
     "train": ("preview",),
     "model": ("inspect", "merge", "export", "convert", "tiny"),
-    "eval": ("answer", "score", "judge", "report", "rescore"),
+    "eval": ("fetch", "answer", "score", "judge", "report", "rescore", "compare", "harness"),
 }
 
 

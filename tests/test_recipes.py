@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ import yaml
 from medllava.config import load_recipe
 from medllava.errors import ConfigError
 from medllava.eval.benchmarks import load_benchmark
+from medllava.eval.harness import lmms_tasks
 from medllava.eval.judge import request as judge_request
+from medllava.eval.judge_pairs import Pair
+from medllava.eval.judge_pairs import request as pair_request
 from medllava.eval.records import Question
 from medllava.instruct_gen.concepts import Vocabulary
 from medllava.instruct_gen.frame_filter import Prompts
@@ -26,6 +30,7 @@ KINDS = {
     "instruct_gen/recipes": "generation", "instruct_gen/prompts": "prompt",
     "instruct_gen/vocabulary": "vocabulary",
     "eval/benchmarks": "benchmark", "eval/prompts": "judge",
+    "eval": "script", "eval/harness/lmms_eval": "lmms-eval task",
 }
 """Which folder holds what. A file elsewhere must be named here before it is added."""
 
@@ -68,15 +73,28 @@ def test_it_loads_as_what_it_is(path: Path) -> None:
         assert Vocabulary.read(path).concepts
     elif kind == "benchmark":
         assert load_benchmark(str(path)).name == path.stem
+    elif kind == "lmms-eval task":
+        assert path.read_text() == lmms_tasks()[path.name], "make it again: medllava eval harness --to lmms-eval"
+    elif kind == "script":
+        assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
     else:
         question = Question(
             id="1", image=None, question="What is the odd-word-q?", kind="open", answer="odd-word-r", group="1"
         )
-        text = str(judge_request(question, "odd-word-a", "judge", path.read_text()).messages)
+        template = path.read_text()
+        pair = Pair(question, "real", "odd-word-a", "odd-word-b")
+        asked = (
+            judge_request(question, "odd-word-a", "judge", template) if "{answer}" in template
+            else pair_request(pair, "judge", template, swapped=False, with_reference=True)
+        )
+        text = str(asked.messages)
         assert all(word in text for word in ("odd-word-q", "odd-word-r", "odd-word-a"))
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.suffix == ".yaml"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.suffix == ".yaml" and path.parent.name != "lmms_eval"],
+    ids=lambda path: path.stem,
+)
 def test_a_misspelt_key_is_refused_with_a_suggestion(path: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(path.read_text())
     key = max((key for key in values if key != "stage"), key=len)

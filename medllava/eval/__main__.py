@@ -7,7 +7,7 @@ import sys
 from medllava.errors import run_cli
 from medllava.steps import run_step
 
-STEPS = ("fetch", "answer", "score", "judge", "report", "rescore", "compare", "encoder")
+STEPS = ("fetch", "answer", "score", "judge", "report", "rescore", "compare", "encoder", "harness")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -118,7 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
     # A server gets some batches at once, so that one slow answer does not hold up the others.
     size = arguments.batch * (1 if arguments.model_path else 4)
     failed = answer_all(questions, benchmark, pictures, ask, model, arguments.out, batch=size)
-    print(f"{arguments.out / 'answers.jsonl'}: {len(questions)} questions, {len(benchmark.conditions)} conditions")
+    used = [name for name in benchmark.conditions if any(applies(question, name) for question in questions)]
+    print(f"{arguments.out / 'answers.jsonl'}: {len(questions)} questions, {len(used)} conditions")
     if failed:
         print(f"{failed} could not be asked and stay unscored; reasons in {arguments.out / 'failed.jsonl'}")
     return 0

@@ -100,8 +100,8 @@ def test_two_runs_give_the_same_bytes(discs: Path, looks: Ask, tmp_path: Path) -
 
 def test_latex_and_categories(tmp_path: Path) -> None:
     questions = [
-        {"id": f"q{n}", "image": None, "question": "Is it?", "kind": "closed", "answer": "yes", "choices": ["yes", "no"],
-         "group": f"g{n}", "categories": {"tissue": "Bone" if n % 2 else "Breast"}}
+        {"id": f"q{n}", "image": None, "question": "Is it?", "kind": "closed", "answer": "yes",
+         "choices": ["yes", "no"], "group": f"g{n}", "categories": {"tissue": "Bone" if n % 2 else "Breast"}}
         for n in range(20)
     ]
     write_records(tmp_path / "questions.jsonl", questions)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from medllava.eval import __main__ as commands
+from medllava.eval.harness import lmms_prompt, lmms_score, lmms_target
+
+
+def samples() -> ModuleType:
+    path = Path(__file__).with_name("make_samples.py")
+    spec = importlib.util.spec_from_file_location("make_samples", path)
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_answers_are_scored_as_here() -> None:
+    suffixes = {"closed_suffix": "\nAnswer with yes or no."}
+    closed = {"image": object(), "question": "Is it a gland?", "answer": "yes"}
+    assert lmms_prompt(closed, suffixes) == "Is it a gland?\nAnswer with yes or no."
+    assert lmms_target(closed) == "yes"
+    assert lmms_score(closed, ["Yes, there is no doubt."]) == {"closed_accuracy": 1.0}
+    assert lmms_score(closed, [""]) == {"closed_accuracy": 0.0}
+    opened = lmms_score({"question": "What?", "answer": "a gland"}, ["gland"])
+    assert opened["open_f1"] == opened["open_exact"] == 1.0 and "closed_accuracy" not in opened
+    unread = {"question": "Is it?", "answer": "Perhaps it is, one would have to look", "answer_type": "CLOSED"}
+    assert lmms_score(unread, ["yes"]) == {}
+
+
+def test_lmms_eval_loads_and_runs_a_task(tmp_path: Path) -> None:
+    """In an installed lmms-eval: a generated task on local rows gives prompts, pictures and scores."""
+    tasks = pytest.importorskip("lmms_eval.tasks")
+    datasets = pytest.importorskip("datasets")
+    from PIL import Image
+
+    made = samples()
+    made.pictures(tmp_path / "images")
+    rows = [
+        {"image": Image.open(tmp_path / "images" / row["image"]), "question": row["question"], "answer": row["answer"]}
+        for row in made.open_and_closed()
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "test.parquet"))
+    assert commands.main(["harness", "--to", "lmms-eval", "--out", str(tmp_path)]) == 0
+    for path in tmp_path.glob("*.yaml"):
+        if path.stem != "medllava_path_vqa":
+            path.unlink()
+    task = tmp_path / "medllava_path_vqa.yaml"
+    local = "dataset_path: parquet\ndataset_kwargs:\n  data_files: {test: test.parquet}"
+    task.write_text(task.read_text().replace("dataset_path: flaviagiammarino/path-vqa", local))
+    manager = tasks.TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False)
+    loaded = tasks.get_task_dict(["medllava_path_vqa"], manager)["medllava_path_vqa"]
+    first = loaded.test_docs()[0]
+    assert loaded.doc_to_text(first).startswith("What is seen in field 0?")
+    assert loaded.doc_to_visual(first)[0].size == (64, 48)
+    assert loaded.process_results(first, ["a gland in stroma"])["open_f1"] == 1.0
+
+
+def test_vlmevalkit_tables(tmp_path: Path) -> None:
+    made = samples().make(tmp_path / "data")
+    for name, kind in (("pmc_vqa", "mcq"), ("quilt_vqa", "vqa")):
+        source, images = made[name]
+        line = ["harness", "--to", "vlmevalkit", "--benchmark", name, "--questions", str(source)]
+        line += ["--images", str(images)]
+        assert commands.main([*line, "--out", str(tmp_path / "LMUData")]) == 0
+        csv.field_size_limit(sys.maxsize)
+        with (tmp_path / "LMUData" / f"medllava_{name}_{kind}.tsv").open(newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        if kind == "mcq":
+            assert [(row["A"], row["answer"]) for row in rows[:2]] == [("a gland", "A"), ("a gland", "B")]
+            assert rows[0]["question"] == "What is seen in 0?"
+        else:
+            assert len(rows) == 8 and rows[1]["question"].endswith("\nAnswer with yes or no.")
+        assert all(row["image"] for row in rows)
+
+
+def test_model_index(tmp_path: Path) -> None:
+    report = {"metrics": {"closed_accuracy": {"value": 0.61234, "low": 0.5, "high": 0.7, "n": 9, "unscored": 0}},
+              "provenance": {"model": "stage2", "benchmark": {"name": "path_vqa"}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    out = tmp_path / "index.yaml"
+    line = ["harness", "--to", "model-index", "--report", str(tmp_path / "report.json"), "--out", str(out)]
+    assert commands.main(line) == 0
+    (model,) = yaml.safe_load(out.read_text())["model-index"]
+    (result,) = model["results"]
+    assert model["name"] == "stage2" and result["dataset"]["type"] == "path_vqa"
+    assert result["metrics"][0]["value"] == 0.6123
+    hub = pytest.importorskip("huggingface_hub")
+    head = f"---\n{out.read_text()}---\n# Card\n"
+    card = hub.ModelCard(head)
+    assert card.data.eval_results[0].metric_value == 0.6123

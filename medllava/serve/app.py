@@ -321,9 +321,9 @@ class News:
             raise Refused(503, "queue_timeout", message, retry_after_s=30)
 
     def _count(self, piece: Piece) -> None:
-        if self._ticket.joined is not None:
-            self.call.queue_s = self._ticket.joined - self._ticket.arrived
-        self.call.first_token()
+        if self._ticket.called is not None and self._ticket.joined is not None:
+            self.call.queue_s = self._ticket.called - self._ticket.arrived
+            self.call.first_token_s = self._ticket.joined - self.call.started
         if piece.whole:
             self.unfinished -= 1
             self.call.completion_tokens += piece.whole.completion_tokens

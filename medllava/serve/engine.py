@@ -45,8 +45,10 @@ class Ticket:
     size: int
     streamed: bool
     arrived: float = field(default_factory=time.monotonic)
+    called: float | None = None
+    """When it left the line, in seconds of the monotonic clock."""
     joined: float | None = None
-    """When its answers began, in seconds of the monotonic clock."""
+    """When its first tokens were there."""
     questions: Sequence[Prepared] | None = None
     rows: list[Reply] = field(default_factory=list)
     shown: list[tuple[int, int]] = field(default_factory=list)
@@ -184,6 +186,8 @@ class Engine:
         """Let requests of one model into its batch; if that fails, one by one, so that only the faulty one fails."""
         batch = self._batches.get(tickets[0].answerer) or tickets[0].answerer.batch()
         self._batches[tickets[0].answerer] = batch
+        for ticket in tickets:
+            ticket.called = time.monotonic()
         try:
             rows = iter(batch.join([question for ticket in tickets for question in ticket.questions or ()]))
         except Exception as error:  # noqa: BLE001 - whatever the model raises is reported to the one who asked

@@ -36,10 +36,6 @@ class Call:
     first_token_s: float | None = None
     started: float = field(default_factory=time.monotonic)
 
-    def first_token(self) -> None:
-        if self.first_token_s is None:
-            self.first_token_s = time.monotonic() - self.started
-
 
 class Metrics:
     """Counts the calls of one worker."""
@@ -55,7 +51,7 @@ class Metrics:
         self._prompt = Counter("medllava_prompt_tokens", "Tokens read, pictures included", registry=self._registry)
         self._generated = Counter("medllava_generated_tokens", "Tokens generated", registry=self._registry)
         self._first = Histogram(
-            "medllava_first_token_seconds", "From a request's arrival to its first text", buckets=_SECONDS,
+            "medllava_first_token_seconds", "From a request's arrival to its first token", buckets=_SECONDS,
             registry=self._registry,
         )
         self._whole = Histogram(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -65,6 +66,18 @@ def test_a_streamed_answer_with_usage(worker: Any, photograph: Path) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
     assert chunks[-1].usage.completion_tokens == 3
     assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_the_async_client(worker: Any) -> None:
+    async def both() -> tuple[str, str]:
+        async with openai.AsyncOpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0) as asker:
+            question: Any = {"model": "scripted", "messages": [{"role": "user", "content": "Where is the gland?"}]}
+            whole = await asker.chat.completions.create(**question)
+            stream = await asker.chat.completions.create(**question, stream=True)
+            pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
+        return whole.choices[0].message.content or "", "".join(pieces)
+
+    assert asyncio.run(both()) == ("A gland. [0.10, 0.20, 0.40, 0.60]",) * 2
 
 
 def test_pieces_arrive_while_the_answer_is_made(worker: Any) -> None:

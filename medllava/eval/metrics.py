@@ -69,8 +69,7 @@ def estimate(
         return Estimate(value, None, None)
     draws = group_draws(number, resamples, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
-        sums = draws @ np.concatenate([total, count], axis=1)
-        means = np.mean(sums[:, : len(labels)] / sums[:, len(labels) :], axis=1)
+        means = np.mean((draws @ total) / (draws @ count), axis=1)
     # A resample that misses a whole stratum has no balanced accuracy; it is left out.
     low, high = np.nanpercentile(means, (2.5, 97.5))
     return Estimate(value, float(low), float(high))

@@ -7,7 +7,9 @@ example:
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
+from typing import Any
 
 from medllava.errors import DataError
 
@@ -24,6 +26,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
 
 
+def _same(before: Any, now: Any) -> bool:
+    """Equal but for the last digits, in which machines and versions of the numerics library differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return before.keys() == now.keys() and all(_same(before[key], now[key]) for key in now)
+    if isinstance(before, float) and isinstance(now, float):
+        return math.isclose(before, now, rel_tol=1e-9, abs_tol=1e-12)
+    return bool(before == now)
+
+
 def run(arguments: argparse.Namespace) -> int:
     from medllava.eval.score import as_text, score_files
     from medllava.jsonl import read_json, write_json
@@ -35,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(as_text(report))
     if arguments.against:
         before = read_json(arguments.against)
-        different = [key for key in COMPARED if before.get(key) != rows[key]]
+        different = [key for key in COMPARED if not _same(before.get(key), rows[key])]
         if different:
             raise DataError(f"{arguments.against}: {', '.join(different)} differ from what the answers give now")
         print(f"\nthe same scores as {arguments.against}")

@@ -234,7 +234,7 @@ def _grade_box(question: Question, text: str) -> Grade:
         if point is None:
             return Grade({"box_iou": 0.0, "box_centre": 0.0}, None, "unclear: no box")
         hit = float(question.box.contains(point))
-        return Grade({"box_iou": 0.0, "box_centre": hit}, "point", "a point, no box")
+        return Grade({"box_iou": 0.0, "box_centre": hit}, None, "unclear: a point, no box")
     iou = box.iou(question.box)
     hit = float(question.box.contains(box.centre))
     return Grade({"box_iou": iou, "box_centre": hit}, "box", f"IoU {iou:.2f}")

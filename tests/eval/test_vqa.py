@@ -4,7 +4,9 @@ import pytest
 
 from medllava.errors import DataError
 from medllava.eval.records import Question, QuestionKind
+from medllava.eval.text_metrics import bleu, longest_common, overlap
 from medllava.eval.vqa import (
+    abstains,
     grade,
     read_choices,
     read_numbers,
@@ -136,6 +138,35 @@ def test_box_takes_the_first_box_and_no_box_is_zero() -> None:
     for nothing in ("", "upper left", "[0.5, 0.5, 0.1, 0.1]", "[1, 2, 3]"):
         assert grade(asked, nothing).scores == {"box_iou": 0.0, "box_centre": 0.0}
         assert grade(asked, nothing).read is None
+
+
+def test_a_point_in_the_box_counts_for_the_centre_alone() -> None:
+    asked = question("box", "", box=Box(x1=0.0, y1=0.0, x2=0.5, y2=0.5))
+    assert grade(asked, "At [0.25, 0.4].").scores == {"box_iou": 0.0, "box_centre": 1.0}
+    assert grade(asked, "At (0.75, 0.4)").scores == {"box_iou": 0.0, "box_centre": 0.0}
+    assert grade(asked, "[0.25, 0.4]").read is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", True), ("I am unable to tell.", True), ("It cannot be determined from this field.", True), ("No.", False),
+     ("I can't see the image", True), ("The nuclei cannot be ignored.", False), ("necrosis", False)],
+)
+def test_abstention(text: str, expected: bool) -> None:
+    assert abstains(text) == expected
+
+
+def test_overlap_of_open_answers() -> None:
+    same = overlap("a gland in the stroma", "gland in stroma")
+    assert (same.exact, same.bleu, same.rouge_l, same.f1) == (1.0, 1.0, 1.0, 1.0)
+    turned = overlap("stroma gland in", "gland in stroma")
+    assert (turned.f1, turned.exact) == (1.0, 0.0)
+    assert turned.rouge_l == pytest.approx(2 / 3)
+    assert 0 < turned.bleu < 1
+    assert overlap("", "gland") == overlap("vessel", "gland")
+    assert longest_common("abcbdab", "bdcaba") == 4
+    # By hand: 3 of 4 words, (1 + 1) / (3 + 1) pairs, 1 / 3, 1 / 2; as long as the reference.
+    assert bleu(["a", "b", "x", "c"], ["a", "b", "c", "d"]) == pytest.approx((3 / 4 * 2 / 4 * 1 / 3 * 1 / 2) ** 0.25)
 
 
 def test_token_f1() -> None:

@@ -129,7 +129,8 @@ def test_zero_shot_probabilities_are_the_models_own(encoder: Path) -> None:
     zero_shot = ZeroShot(encoder)
     rows = zero_shot.probabilities(pictures, [[sentence] for sentence in sentences])
     model, tokenizer = CLIPModel.from_pretrained(encoder), PreTrainedTokenizerFast.from_pretrained(encoder)
-    pixels = zero_shot._encoder.image_processor([Image.fromarray(p) for p in pictures], return_tensors="pt")["pixel_values"]
+    read = zero_shot._encoder.image_processor
+    pixels = read([Image.fromarray(picture) for picture in pictures], return_tensors="pt")["pixel_values"]
     tokens = tokenizer(sentences, return_tensors="pt", padding=True)
     with torch.inference_mode():
         expected = model(

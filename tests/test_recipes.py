@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ KINDS = {
     "instruct_gen/recipes": "generation", "instruct_gen/prompts": "prompt",
     "instruct_gen/vocabulary": "vocabulary",
     "eval/benchmarks": "benchmark", "eval/prompts": "judge",
-    "eval": "script", "eval/harness/lmms_eval": "lmms-eval task",
+    "eval": "script", "eval/harness/lmms_eval": "lmms-eval task", "serve": "deployment",
 }
 """Which folder holds what. A file elsewhere must be named here before it is added."""
 
@@ -77,6 +79,8 @@ def test_it_loads_as_what_it_is(path: Path) -> None:
         assert path.read_text() == lmms_tasks()[path.name], "make it again: medllava eval harness --to lmms-eval"
     elif kind == "script":
         assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+    elif kind == "deployment":
+        _check_flags(path.read_text())
     else:
         question = Question(
             id="1", image=None, question="What is the odd-word-q?", kind="open", answer="odd-word-r", group="1"
@@ -91,8 +95,20 @@ def test_it_loads_as_what_it_is(path: Path) -> None:
         assert all(word in text for word in ("odd-word-q", "odd-word-r", "odd-word-a"))
 
 
+def _check_flags(text: str) -> None:
+    """Every command of ours in a deployment file exists and knows the flags it is given."""
+    commands = re.findall(r"medllava\.serve\.(worker|web)\b([^`\n]*)", text.replace("\\\n", " "))
+    for name, arguments in commands:
+        shown = subprocess.run(
+            [sys.executable, "-m", f"medllava.serve.{name}", "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", arguments):
+            assert flag in shown, f"{name} has no {flag}"
+
+
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if path.suffix == ".yaml" and path.parent.name != "lmms_eval"],
+    "path",
+    [path for path in FILES if path.suffix == ".yaml" and path.parent.name not in {"lmms_eval", "serve"}],
     ids=lambda path: path.stem,
 )
 def test_a_misspelt_key_is_refused_with_a_suggestion(path: Path, tmp_path: Path) -> None:

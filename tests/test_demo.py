@@ -75,6 +75,24 @@ def test_every_stage_leaves_its_loss_curve_and_checkpoint(finished: Path) -> Non
     assert kinds == {"stage0": "full", "stage1": "projector", "stage2": "lora"}
 
 
+def test_a_dry_run_tells_what_the_teacher_will_take(
+    finished: Path, run: Run, repository: Path, tmp_path: Path
+) -> None:
+    """Calls, prompt and reply tokens told before the first call, within 5 % of those then used."""
+    done = run(
+        "instruct_gen", "generate", "--captions", finished / "narrated" / "captions.jsonl", "--out", tmp_path,
+        "--config", repository / "instruct_gen" / "recipes" / "demo.yaml", "--dry-run",
+        "--base-url", "http://127.0.0.1:9/v1",
+    )
+    assert done.returncode == 0, done.stderr
+    total = next(line.split() for line in done.stdout.splitlines() if line.startswith("total"))
+    calls, prompt_tokens, reply_tokens = (int(number.replace(",", "")) for number in total[2:5])
+    used = json.loads((finished / "data" / "summary.json").read_text())
+    assert calls == used["replies"]
+    assert prompt_tokens == pytest.approx(used["prompt_tokens"], rel=0.05)
+    assert reply_tokens == pytest.approx(used["completion_tokens"], rel=0.05)
+
+
 def test_a_stage_of_other_settings_is_started_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     step = demo.Step("stage1", "", ["train"], 1.0, folder="stage1")
     (tmp_path / "stage1").mkdir()

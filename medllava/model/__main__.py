@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             add = step.add_argument
             add("--base", metavar="DIR", type=Path, help="language model of a LoRA or projector folder")
             add("--vision-tower", metavar="DIR", type=Path, help="image encoder, if not where it is named")
+            add("--padding", choices=["square", "none"], help="of pictures (default: as its image_aspect_ratio says)")
             add("--chat-format", default="vicuna_v1", help="how it was trained to chat (default: %(default)s)")
     assemble = steps.add_parser(
         "assemble", help="join an image encoder and a language model: what stage 1 starts from",
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         _refuse_existing(arguments.target)
         convert(
             arguments.source, arguments.target, base=arguments.base, vision_tower=arguments.vision_tower,
-            chat_format=arguments.chat_format,
+            chat_format=arguments.chat_format, padding=arguments.padding,
         )
     else:
         difference = _merge(arguments.source, arguments.target)

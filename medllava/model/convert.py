@@ -23,6 +23,7 @@ import torch
 from medllava.errors import CheckpointError
 from medllava.jsonl import read_json
 from medllava.model import checkpoint, manifest
+from medllava.model.manifest import Padding
 from medllava.model.pixels import square_padding
 from medllava.model.prompt import TEMPLATES
 
@@ -47,18 +48,22 @@ _ROUNDING = 1e-3
 
 def convert(
     source: Path, target: Path, *, base: Path | None = None, vision_tower: Path | None = None,
-    chat_format: str = "vicuna_v1",
+    chat_format: str = "vicuna_v1", padding: Padding | None = None,
 ) -> None:
     """Write the original LLaVA folder ``source`` as a full checkpoint ``target``.
 
     base: the language model of a LoRA or projector folder; by default what the folder names, looked for beside it.
     vision_tower: folder of the image encoder; by default what the config names: an absolute path, one relative to the
         folder that holds ``source``, or a Hugging Face name.
+    padding: whether pictures are padded to a square or the middle square is cut out; by default as the folder's
+        ``image_aspect_ratio`` says, which is how it was trained.
     Raises CheckpointError naming the file and what was expected; nothing is left in ``target`` then.
     """
     if chat_format not in TEMPLATES:
         raise CheckpointError(f"--chat-format {chat_format}: choose one of {', '.join(TEMPLATES)}")
     config = _original_config(source)
+    if padding is not None:
+        config["image_aspect_ratio"] = "pad" if padding == "square" else "square"
     adapter = next((source / name for name in ADAPTERS if (source / name).is_file()), None)
     if adapter is not None:
         language = _base_folder(source, base, config, adapter=True)

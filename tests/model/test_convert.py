@@ -112,6 +112,8 @@ def test_full_lora_and_projector_folders(original: Original, tmp_path: Path) -> 
     assert not torch.allclose(_logits(tmp_path / "a"), _logits(tmp_path / "b"), atol=1e-2)
     assert checkpoint.describe(tmp_path / "a").padding == "square"
     assert checkpoint.describe(tmp_path / "d").padding == "none"
+    convert(projector, tmp_path / "e", base=original.folder / "base", padding="square")
+    assert checkpoint.describe(tmp_path / "e").padding == "square"
     loaded = checkpoint.load(tmp_path / "d", device="cpu").model
     assert torch.equal(loaded.model.multi_modal_projector.linear_2.weight, original.projector["2.weight"])
     assert torch.equal(loaded.lm_head.weight, original.language.state_dict()["lm_head.weight"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medllava.errors import DataError
-from medllava.jsonl import describe
+from medllava.jsonl import describe, read_json
 
 IMAGE_TAG = "<image>"
 LITERAL_TAG = "\ufdd0image\ufdd1"
@@ -94,6 +95,17 @@ def _labels(row: dict[str, Any]) -> dict[str, Any]:
         "answer_type": kind if kind in {"open", "closed"} else None,
         "image_dependent": dependent if isinstance(dependent, bool) else None,
     }
+
+
+def read_llava(path: Path) -> list[dict[str, Any]]:
+    """The rows of a LLaVA JSON file as they are. Raises DataError if it is not a list of objects."""
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: expected a list of samples (LLaVA JSON), got {type(rows).__name__}")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number}: expected an object, got {type(row).__name__}")
+    return rows
 
 
 def sample_from_llava(row: dict[str, Any], where: str = "row") -> InstructionSample:

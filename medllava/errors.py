@@ -59,6 +59,11 @@ class MissingExtraError(MedllavaError):
         )
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What a library's error says, cut to its first line, for use within one of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
 def run_cli(main: Callable[[], int]) -> int:
     """Run a command and turn mendable errors into one line on stderr.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _SENTENCE = re.compile(r"[^.!?\n]+(?:[.!?]+(?=\s|$)|\n|$)|[.!?\n]")
 _ANSWER = r"(?:answer|response|reply|assistant)"
@@ -49,3 +52,20 @@ def defuse(text: str) -> tuple[str, int]:
     if removed:
         kept = re.sub(r"[ \t]{2,}", " ", re.sub(r"\n{2,}", "\n", kept))
     return re.sub(r"^(\s*)(#|```)", r"\1\\\2", kept, flags=re.MULTILINE), removed
+
+
+def filled(template: str, parts: Mapping[str, str]) -> str:
+    """The template with ``{name}`` replaced by each part, made harmless, in one pass: an answer cannot write its own
+    reference."""
+    quoted = {name: defuse(text)[0] for name, text in parts.items()}
+    return re.sub(rf"\{{({'|'.join(parts)})\}}", lambda match: quoted[match.group(1)], template)
+
+
+def read_object(text: str) -> dict[str, Any]:
+    """The JSON object that a judge wrote, also in a fence; empty for other JSON. Raises ValueError if it is none."""
+    plain = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
+    try:
+        value = json.loads(plain)
+    except json.JSONDecodeError as error:
+        raise ValueError("not a JSON object") from error
+    return value if isinstance(value, dict) else {}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medllava.errors import ConfigError, DataError, ServiceError
+from medllava.model.manifest import file_sha256
 
 if TYPE_CHECKING:
     import httpx
@@ -167,7 +167,7 @@ class Fetcher:
         wanted = item.sha256 or self._known.get(item.path, {}).get("sha256")
         if item.size is not None and path.stat().st_size != item.size:
             return Status(item.path, "corrupt", f"{path.stat().st_size:,} bytes, expected {item.size:,}")
-        if wanted and file_hash(path) != wanted:
+        if wanted and file_sha256(path) != wanted:
             return Status(item.path, "corrupt", "its SHA-256 is another one")
         return Status(item.path, "have", "" if wanted else "no checksum to hold it against")
 
@@ -243,7 +243,7 @@ class Fetcher:
         if item.size is not None and size != item.size:
             return f"{size:,} bytes, expected {item.size:,}"
         wanted = item.sha256 or self._known.get(item.path, {}).get("sha256")
-        if wanted and file_hash(part) != wanted:
+        if wanted and file_sha256(part) != wanted:
             return f"its SHA-256 is not {'the published one' if item.sha256 else 'that of the first time'}"
         return ""
 
@@ -279,7 +279,7 @@ class Fetcher:
     def _note(self, item: Item, path: Path) -> None:
         from medllava.jsonl import write_json
 
-        self._known[item.path] = {"url": item.url, "size": path.stat().st_size, "sha256": file_hash(path)}
+        self._known[item.path] = {"url": item.url, "size": path.stat().st_size, "sha256": file_sha256(path)}
         write_json(self._record, self._known)
 
     def _unzipped(self, item: Item, state: Status) -> Status:
@@ -305,8 +305,3 @@ class Fetcher:
 
 class _Interrupted(Exception):
     """A fault that may pass: the download is gone on with."""
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from medllava.errors import ConfigError, DataError, MissingExtraError
 from medllava.eval import judge_pairs
-from medllava.eval.defuse import defuse
+from medllava.eval.defuse import defuse, filled, read_object
 from medllava.eval.records import (
     Answer,
     Condition,
@@ -323,23 +321,16 @@ def request(question: Question, answer: str, model: str, template: str) -> Reque
     from medllava.llm.base import Request, Sampling
 
     parts = {"question": question.question, "reference": question.answer, "answer": answer}
-    # One pass over the template, of texts made harmless: an answer cannot write its own reference.
-    quoted = {name: defuse(text)[0] for name, text in parts.items()}
-    filled = re.sub(r"\{(question|reference|answer)\}", lambda match: quoted[match.group(1)], template)
     return Request(
-        model=model, messages=({"role": "user", "content": filled},), schema=SCHEMA, schema_name="judgement",
-        sampling=Sampling(temperature=0.0, max_tokens=512, seed=0),
+        model=model, messages=({"role": "user", "content": filled(template, parts)},), schema=SCHEMA,
+        schema_name="judgement", sampling=Sampling(temperature=0.0, max_tokens=512, seed=0),
     )
 
 
 def read_judgement(text: str) -> tuple[int, str]:
     """(score 0..10, reason). Raises ValueError for anything but one JSON object with a whole score in range."""
-    plain = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
-    try:
-        value = json.loads(plain)
-    except json.JSONDecodeError as error:
-        raise ValueError("not a JSON object") from error
-    score = value.get("score") if isinstance(value, dict) else None
+    value = read_object(text)
+    score = value.get("score")
     if isinstance(score, bool) or not isinstance(score, int) or not 0 <= score <= 10:
         raise ValueError("no whole 'score' from 0 to 10")
     return score, str(value.get("reason", ""))

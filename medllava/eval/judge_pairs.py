@@ -7,8 +7,6 @@ reference's, but with both orders averaged. A comparison counts only if both ord
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medllava.eval.defuse import defuse
+from medllava.eval.defuse import defuse, filled, read_object
 from medllava.eval.metrics import RESAMPLES, bounded, estimate, group_draws
 from medllava.eval.records import Condition, Metric, PairVerdict, Question, Report
 
@@ -63,24 +61,18 @@ def request(pair: Pair, model: str, template: str, *, swapped: bool, with_refere
         "question": pair.question.question, "first": first, "second": second,
         "reference": pair.question.answer if with_reference else "(none is given)",
     }
-    quoted = {name: defuse(text)[0] for name, text in parts.items()}
-    filled = re.sub(r"\{(question|reference|first|second)\}", lambda match: quoted[match.group(1)], template)
     return Request(
-        model=model, messages=({"role": "user", "content": filled},), schema=SCHEMA, schema_name="comparison",
-        sampling=Sampling(temperature=0.0, max_tokens=512, seed=0),
+        model=model, messages=({"role": "user", "content": filled(template, parts)},), schema=SCHEMA,
+        schema_name="comparison", sampling=Sampling(temperature=0.0, max_tokens=512, seed=0),
     )
 
 
 def read_comparison(text: str) -> tuple[int, int]:
     """The points of the first and the second answer. Raises ValueError for anything but one JSON object with both as
     whole numbers from 1 to 10."""
-    plain = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
-    try:
-        value = json.loads(plain)
-    except json.JSONDecodeError as error:
-        raise ValueError("not a JSON object") from error
-    found = [value.get(name) for name in ("first", "second")] if isinstance(value, dict) else []
-    if len(found) != 2 or any(isinstance(score, bool) or not isinstance(score, int) for score in found):
+    value = read_object(text)
+    found = [value.get(name) for name in ("first", "second")]
+    if any(isinstance(score, bool) or not isinstance(score, int) for score in found):
         raise ValueError("no whole numbers 'first' and 'second'")
     first, second = (int(score) for score in found if score is not None)
     if not (1 <= first <= 10 and 1 <= second <= 10):

@@ -32,7 +32,7 @@ from medllava.jsonl import Appender, write_json
 if TYPE_CHECKING:
     from medllava.instruct_gen.asking import Trouble
     from medllava.instruct_gen.captions import CaptionFile
-    from medllava.instruct_gen.concepts import Vocabulary
+    from medllava.instruct_gen.concepts import ConceptLinker, Vocabulary
     from medllava.instruct_gen.correcting import Answer, Part, Steps
     from medllava.instruct_gen.prompts import Prompt
     from medllava.instruct_gen.recipe import GenerateRecipe
@@ -200,10 +200,10 @@ def _corrected(work: _Work, caption: GroundedCaption, cache: ReplyCache, trouble
     )
 
 
-def _concepts(caption: GroundedCaption, vocabulary: Vocabulary) -> Iterator[dict[str, Any]]:
+def _concepts(caption: GroundedCaption, linker: ConceptLinker) -> Iterator[dict[str, Any]]:
     """Terms with the number of their phrase and their place in its text (characters, end exclusive)."""
     for number, phrase in enumerate(caption.phrases):
-        for mention in vocabulary.link(phrase.text):
+        for mention in linker.link(phrase.text):
             yield {
                 "id": mention.concept.id, "term": mention.concept.term, "phrase": number, "start": mention.start,
                 "end": mention.end,

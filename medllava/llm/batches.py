@@ -87,9 +87,6 @@ class BatchQueue:
     def under_way(self) -> list[Job]:
         return [job for job in self.jobs.values() if not job.ended]
 
-    def reserved_usd(self) -> float:
-        return sum(job.most_usd for job in self.under_way)
-
     def waiting_keys(self) -> set[bytes]:
         return {key for job in self.under_way for key in job.keys}
 

@@ -55,9 +55,8 @@ class Adapters:
             files["vision_tower"] = TOWER_FILE
         for part, file in files.items():
             parts[part] = copy.deepcopy(parts[part])
-            missing = parts[part].load_state_dict(checkpoint.read_tensors(folder / file), strict=part != "vision_tower")
-            if missing.unexpected_keys:
-                raise CheckpointError(f"{folder / file}: unexpected {missing.unexpected_keys[0]}")
+            tensors = checkpoint.read_tensors(folder / file)
+            checkpoint.assign(parts[part], tensors, folder / file, partly=part == "vision_tower")
         self._parts[name] = parts
         return Loaded(self._base.model, processor, manifest, str(stands_on))
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from PIL import Image
 
@@ -26,6 +26,19 @@ if TYPE_CHECKING:
 
 Question = tuple[Sequence[Image.Image], Sequence[Turn]]
 """The pictures and the turns so far, ending in a user turn."""
+
+
+class Decoding(TypedDict, total=False):
+    """How answers are generated; what is left out is as :meth:`Answerer.prepare` has it.
+
+    temperature: 0 is greedy. stop: texts that end the answer and are not part of it. seed: makes sampling repeatable.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    stop: Sequence[str]
+    seed: int | None
 
 
 class Answerer:
@@ -93,26 +106,15 @@ class Answerer:
         return answerers
 
     def stream(
-        self,
-        images: Sequence[Image.Image],
-        turns: Sequence[Turn],
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
+        self, images: Sequence[Image.Image], turns: Sequence[Turn], **decoding: Unpack[Decoding]
     ) -> Generator[str, None, Completion]:
         """Yield the answer piece by piece as it is generated; closing the generator ends the generation. Its return
         value (``StopIteration.value``) is the whole answer as a Completion.
 
-        temperature 0 is greedy. ``stop``: texts that end the answer and are not part of it. ``seed``: makes sampling
-        repeatable. The arguments are checked at the first piece. Raises DataError if the turns do not fit the
+        ``decoding`` is checked at the first piece. Raises DataError if the turns do not fit the
         pictures, PromptTooLong if the prompt leaves no room in the model's context.
         """
-        question = self.prepare(
-            images, turns, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed
-        )
+        question = self.prepare(images, turns, **decoding)
         batch = self.batch()
         reply = batch.join([question])[0]
         shown = 0
@@ -126,20 +128,10 @@ class Answerer:
             batch.step()
 
     def answer(
-        self,
-        images: Sequence[Image.Image],
-        turns: Sequence[Turn],
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
+        self, images: Sequence[Image.Image], turns: Sequence[Turn], **decoding: Unpack[Decoding]
     ) -> Completion:
         """The whole answer; see :meth:`stream`."""
-        return self.answer_batch(
-            [(images, turns)], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed
-        )[0]
+        return self.answer_batch([(images, turns)], **decoding)[0]
 
     def ask(self, text: str, *pictures: str | Path | Image.Image, max_new_tokens: int = 256) -> Completion:
         """The greedy answer to one question about pictures (files, data URIs or opened ones). Raises DataError."""
@@ -148,24 +140,12 @@ class Answerer:
         return self.answer(images, [question], max_new_tokens=max_new_tokens)
 
     def answer_batch(
-        self,
-        questions: Sequence[Question],
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
+        self, questions: Sequence[Question], **decoding: Unpack[Decoding]
     ) -> list[Completion]:
         """Answers in the order of the questions, computed together (padded on the left): the same as one by one."""
         if not questions:
             return []
-        prepared = [
-            self.prepare(
-                images, turns, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed
-            )
-            for images, turns in questions
-        ]
+        prepared = [self.prepare(images, turns, **decoding) for images, turns in questions]
         batch = self.batch()
         replies = batch.join(prepared)
         while batch.rows:
@@ -184,8 +164,9 @@ class Answerer:
         seed: int | None = None,
         top_logprobs: int | None = None,
     ) -> Prepared:
-        """Tokens and pixels of a question, for :meth:`batch`; see :meth:`stream` for the arguments and errors. Any
-        thread may call it. ``top_logprobs``: note log-probabilities, and that many alternatives per token."""
+        """Tokens and pixels of a question, for :meth:`batch`; any thread may call it. See :class:`Decoding` for the
+        arguments and :meth:`stream` for the errors. ``top_logprobs``: note log-probabilities, and that many
+        alternatives per token."""
         from medllava.model.decoding import Prepared
         from medllava.model.pixels import pixel_values
         from medllava.model.prompt import with_image_tag, without_history

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from medllava.conversation import IMAGE_TAG, Turn
-from medllava.errors import CheckpointError, ConfigError
+from medllava.errors import CheckpointError, ConfigError, first_line
 from medllava.model import checkpoint
-from medllava.model.convert import open_tokenizer, open_tower, short, with_rows
+from medllava.model.convert import open_tokenizer, open_tower, with_rows
 from medllava.model.pixels import square_padding, tokens_per_image
 from medllava.model.prompt import TEMPLATES, PromptBuilder
 
@@ -67,7 +67,7 @@ def _language_model(place: Path | str) -> Any:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(place, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"language model {place}: cannot be opened ({short(error)})") from error
+        raise CheckpointError(f"language model {place}: cannot be opened ({first_line(error)})") from error
     absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if absent:
         raise CheckpointError(f"language model {place}: tensors are missing or misfit: {', '.join(absent[:5])}")

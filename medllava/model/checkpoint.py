@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from medllava.errors import CheckpointError, MissingExtraError
+from medllava.errors import CheckpointError, MissingExtraError, first_line
 from medllava.jsonl import read_json, write_json
 from medllava.model import card
 from medllava.model import manifest as manifests
@@ -148,11 +148,11 @@ def load(
     model = _load_full(base, manifest.revision, place, kind, quantization)
     if manifest.kind == "full":
         return Loaded(model.eval(), processor, manifest, None)
-    _assign(model.model.multi_modal_projector, read_tensors(folder / PROJECTOR_FILE), folder / PROJECTOR_FILE)
+    assign(model.model.multi_modal_projector, read_tensors(folder / PROJECTOR_FILE), folder / PROJECTOR_FILE)
     tower: dict[str, torch.Tensor] = {}
     if manifest.tower_trained:
         tower = read_tensors(folder / TOWER_FILE)
-        _assign(model.model.vision_tower, tower, folder / TOWER_FILE, partly=True)
+        assign(model.model.vision_tower, tower, folder / TOWER_FILE, partly=True)
     if manifest.kind == "lora":
         model = _with_adapter(model, folder)
         if merge and quantization is None:
@@ -169,7 +169,7 @@ def skeleton(base: str | Path, revision: str | None = None) -> Any:
         with torch.device("meta"):
             return LlavaForConditionalGeneration(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{base}: its config.json cannot be used: {_first_line(error)}") from error
+        raise CheckpointError(f"{base}: its config.json cannot be used: {first_line(error)}") from error
 
 
 def add_adapters(model: Any, folder: Path) -> Any:
@@ -182,7 +182,7 @@ def add_adapters(model: Any, folder: Path) -> Any:
         with quiet_peft():
             return get_peft_model(model, config)
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / ADAPTER_FILES[0]}: cannot be used: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder / ADAPTER_FILES[0]}: cannot be used: {first_line(error)}") from error
 
 
 def best_device() -> str:
@@ -461,7 +461,7 @@ def _load_full(source: str | Path, revision: str | None, device: str, dtype: tor
             output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{source}: cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{source}: cannot be loaded: {first_line(error)}") from error
     faults = [f"missing {name}" for name in sorted(report["missing_keys"])]
     faults += [f"unexpected {name}" for name in sorted(report["unexpected_keys"])]
     faults += [f"mis-shaped {_mismatch(entry)}" for entry in report["mismatched_keys"]]
@@ -488,7 +488,7 @@ def _load_processor(folder: Path) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its processor cannot be opened: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder}: its processor cannot be opened: {first_line(error)}") from error
     if not hasattr(processor, "image_processor"):
         raise CheckpointError(f"{folder}: it has a tokenizer but no image processor (preprocessor_config.json)")
     # Folders of llava-hf before transformers 4.46 leave these two to the model's config.
@@ -556,7 +556,7 @@ def _check_generation_config(folder: Path) -> None:
         config.validate(strict=True)
     except (ValueError, TypeError, OSError) as error:
         raise CheckpointError(
-            f"{file}: a model with these settings cannot be saved again ({_first_line(error)}); correct or remove it"
+            f"{file}: a model with these settings cannot be saved again ({first_line(error)}); correct or remove it"
         ) from error
 
 
@@ -568,7 +568,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or cut off ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: damaged or cut off ({first_line(error)})") from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -578,7 +578,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or cut off ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: damaged or cut off ({first_line(error)})") from error
 
 
 def _check_parts(folder: Path, manifest: Manifest, base: str | Path) -> None:
@@ -611,7 +611,8 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: Path, *, partly: bool = False) -> None:
+def assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: Path, *, partly: bool = False) -> None:
+    """Copy ``tensors``, all of the module's or with ``partly`` some, into it. Raises CheckpointError naming misfits."""
     own = module.state_dict()
     expected = {name: tensor for name, tensor in own.items() if name in tensors} if partly else own
     refuse(str(source), differences(expected, tensors))
@@ -652,7 +653,3 @@ def refuse(source: str, faults: list[str]) -> None:
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise CheckpointError(f"{source}: tensors do not match the model: {'; '.join(faults[:5])}{more}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from medllava.errors import CheckpointError
+from medllava.conversation import IMAGE_TAG
+from medllava.errors import CheckpointError, first_line
 from medllava.jsonl import read_json
 from medllava.model import checkpoint, manifest
 from medllava.model.manifest import Padding
@@ -149,7 +150,7 @@ def _pickled(path: Path) -> Tensors:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: holds something else than tensors; refused, nothing of it was run") from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged, cut off or not a file of tensors ({short(error)})") from error
+        raise CheckpointError(f"{path}: damaged, cut off or not a file of tensors ({first_line(error)})") from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise CheckpointError(f"{path}: expected names and tensors")
     return found
@@ -236,7 +237,7 @@ def open_tower(place: Path | str) -> tuple[Any, Any]:
         image_processor = AutoImageProcessor.from_pretrained(place, backend="pil")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"vision tower {place}: cannot be opened ({short(error)}); give its folder with --vision-tower DIR"
+            f"vision tower {place}: cannot be opened ({first_line(error)}); give its folder with --vision-tower DIR"
         ) from error
     if report["missing_keys"] or report["mismatched_keys"]:
         names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
@@ -253,11 +254,11 @@ def _assembled(
     from transformers import CONFIG_MAPPING, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     tokenizer = open_tokenizer(source if (source / "tokenizer_config.json").is_file() else language)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.image_token = "<image>"
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TAG]})
+    tokenizer.image_token = IMAGE_TAG
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TAG)
 
     embedding = "model.language_model.embed_tokens.weight"
     if embedding not in tensors:
@@ -316,7 +317,7 @@ def open_tokenizer(folder: Path | str) -> Any:
         family = getattr(transformers, name, transformers.AutoTokenizer)
         return family.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer cannot be opened ({short(error)})") from error
+        raise CheckpointError(f"{folder}: its tokenizer cannot be opened ({first_line(error)})") from error
 
 
 def with_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
@@ -384,7 +385,3 @@ def _hashes(tensors: Iterable[tuple[str, torch.Tensor]]) -> Counter[str]:
         data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         found[f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(data).hexdigest()}"] += 1
     return found
-
-
-def short(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from medllava.errors import CheckpointError
+from medllava.errors import CheckpointError, first_line
 from medllava.model.pixels import pixel_values
 
 KINDS = ("clip", "siglip", "siglip2", "chinese_clip", "altclip", "metaclip_2")
@@ -95,7 +95,7 @@ def load_encoder(folder: Path, *, device: str | None = None) -> ImageTextEncoder
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, report = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if absent:
         raise CheckpointError(f"{folder}: tensors are missing or misfit: {', '.join(absent[:5])}")

@@ -6,7 +6,7 @@ import logging
 import re
 from pathlib import Path
 
-from medllava.errors import CheckpointError
+from medllava.errors import CheckpointError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def local_folder(name: str | Path) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{name}: no such checkpoint folder, and not to be had from the hub ({type(error).__name__}:"
-            f" {(str(error).strip() or 'no reason given').splitlines()[0][:150]})"
+            f" {first_line(error, 150)})"
         ) from error
 
 

@@ -19,11 +19,12 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from medllava.conversation import sample_from_llava
+from medllava.conversation import read_llava, sample_from_llava
 from medllava.errors import ConfigError, DataError
 from medllava.geometry import strip_boxes
 from medllava.images import load_image
-from medllava.jsonl import read_json, read_rows
+from medllava.jsonl import read_rows
+from medllava.model.manifest import file_sha256
 
 LISTINGS = ("metadata.jsonl", "train/metadata.jsonl")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
@@ -98,8 +99,7 @@ def data_sha256(data: Path) -> str:
     """Hash of a file, or of the names, sizes and listings of a folder of pairs (its pictures' bytes are not read)."""
     digest = hashlib.sha256()
     if data.is_file():
-        with data.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(data)
     for path in sorted(path for path in data.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(data).as_posix()} {path.stat().st_size}\n".encode())
         if path.suffix in (".jsonl", ".json"):
@@ -108,12 +108,9 @@ def data_sha256(data: Path) -> str:
 
 
 def _from_llava(data: Path, images: Path, kinds: Sequence[str]) -> list[ImageText]:
-    rows = read_json(data)
-    if not isinstance(rows, list):
-        raise DataError(f"{data}: expected a list of samples (LLaVA JSON), got {type(rows).__name__}")
     pairs: dict[str, ImageText] = {}
     found: set[str] = set()
-    for number, row in enumerate(rows):
+    for number, row in enumerate(read_llava(data)):
         sample = sample_from_llava(row, f"{data}: row {number}")
         found.add(sample.kind)
         if sample.kind not in kinds or len(sample.images) != 1:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medllava.conversation import Turn
-from medllava.errors import CheckpointError, DataError
+from medllava.conversation import IMAGE_TAG, Turn
+from medllava.errors import CheckpointError, DataError, first_line
 from medllava.model.manifest import read_manifest
 from medllava.model.prompt import PromptBuilder
 
@@ -30,9 +30,9 @@ def open_tokenizer(folder: Path) -> tuple[Any, int]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: no tokenizer in it ({str(error).splitlines()[0]})") from error
-    if tokenizer.convert_tokens_to_ids("<image>") in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        raise CheckpointError(f"{folder}: no tokenizer in it ({first_line(error)})") from error
+    if tokenizer.convert_tokens_to_ids(IMAGE_TAG) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TAG]})
     return tokenizer, 1
 
 

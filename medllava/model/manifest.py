@@ -114,9 +114,6 @@ def now() -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes, for telling whether a run's data changed."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

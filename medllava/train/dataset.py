@@ -14,10 +14,9 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from medllava.conversation import IMAGE_TAG, InstructionSample, Turn, sample_from_llava
+from medllava.conversation import IMAGE_TAG, InstructionSample, Turn, read_llava, sample_from_llava
 from medllava.errors import DataError
 from medllava.images import load_image
-from medllava.jsonl import read_json
 from medllava.model.pixels import image_side, pixel_values
 from medllava.model.prompt import IGNORE, Prompt, PromptBuilder
 from medllava.train.augment import choose_variant, flip_pixels, flip_text
@@ -38,17 +37,6 @@ def read_samples(path: Path, kinds: Sequence[str] | None = None) -> list[Instruc
         found = ", ".join(sorted({sample.kind for sample in samples})) or "none at all"
         raise DataError(f"{path}: no sample of kind {', '.join(kinds or ['any'])}; the file has: {found}")
     return kept
-
-
-def read_llava(path: Path) -> list[dict[str, Any]]:
-    """The rows of a LLaVA JSON file as they are. Raises DataError if it is not a list of objects."""
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of samples (LLaVA JSON), got {type(rows).__name__}")
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: row {number}: expected an object, got {type(row).__name__}")
-    return rows
 
 
 def split_exchanges(samples: Sequence[InstructionSample]) -> list[InstructionSample]:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from medllava.errors import DataError
 from medllava.model.checkpoint import full_disk_told
+from medllava.model.manifest import file_sha256
 from medllava.train.augment import flip_pixels
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class FeatureStore:
         """Encode this process's share of the pictures in ``images`` that are not there yet; returns how many."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._find()
-        self._names = {name: _sha256(images / name) for name in tqdm(names, desc="hash images", leave=False)}
+        self._names = {name: file_sha256(images / name) for name in tqdm(names, desc="hash images", leave=False)}
         missing = list({
             digest: name for name, digest in self._names.items()
             if any(f"{digest}-{variant}" not in self._where for variant in variants)
@@ -123,8 +124,3 @@ class FeatureStore:
             save_file(features, temporary)
         temporary.replace(final)
         self._where |= dict.fromkeys(features, final)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

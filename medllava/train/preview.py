@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medllava.conversation import sample_from_llava
+from medllava.conversation import read_llava, sample_from_llava
 from medllava.errors import DataError
 from medllava.jsonl import write_records
 from medllava.model.lengths import open_prompts
 from medllava.model.prompt import IGNORE
-from medllava.train.dataset import read_llava
 
 
 def preview(

@@ -123,10 +123,6 @@ class Saves:
             log.info("removing %s, left by a killed run", left)
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
-    def newest(self) -> Path | None:
-        """The newest save that a run could go on from."""
-        return next((folder for _, folder in self._folders() if (folder / STATE_FILE).is_file()), None)
-
     def check_room(self, checkpoint: int, state: int) -> None:
         """Raises MedllavaError if the disk has no room for the saves of the whole run. Sizes in bytes."""
         there = sum(_size(folder) for _, folder in self._folders())

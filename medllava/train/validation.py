@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from medllava.errors import DataError
 from medllava.images import load_image
 from medllava.model.answerer import Answerer, Question
 from medllava.model.checkpoint import Loaded
+from medllava.model.manifest import file_sha256
 from medllava.train.batch import Batch
 from medllava.train.forward import embeddings, hidden_states
 
@@ -36,19 +36,17 @@ def check_held_out(training: Sequence[InstructionSample], held_out: Sequence[Ins
     names = {name for sample in training for name in sample.images}
     judged = sorted({name for sample in held_out for name in sample.images})
     pairs = {name: name for name in judged if name in names}
-    # Only files of equal size can be equal, so that few are read.
-    sizes: dict[int, list[str]] = {}
-    for name in judged:
-        sizes.setdefault((images / name).stat().st_size, []).append(name)
+    # Only files of equal size can be equal, so that few are read, and each once.
+    size = {name: (images / name).stat().st_size for name in names.union(judged)}
+    of_training, of_judged = {size[name] for name in names}, {size[name] for name in judged}
     hashes: dict[str, str] = {}
+    for name in judged:
+        if size[name] in of_training:
+            hashes.setdefault(file_sha256(images / name), name)
     for name in sorted(names):
-        candidates = sizes.get((images / name).stat().st_size)
-        if candidates:
-            for other in candidates:
-                hashes.setdefault(_sha256(images / other), other)
-            found = hashes.get(_sha256(images / name))
-            if found:
-                pairs.setdefault(found, name)
+        found = hashes.get(file_sha256(images / name)) if size[name] in of_judged else None
+        if found:
+            pairs.setdefault(found, name)
     if pairs:
         told = [one if one == two else f"{one} (= {two})" for one, two in pairs.items()]
         raise DataError(
@@ -60,10 +58,6 @@ def check_held_out(training: Sequence[InstructionSample], held_out: Sequence[Ins
 def _some(names: Sequence[str], what: str) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{len(names)} {what}{'s are' if len(names) > 1 else ' is'} ({', '.join(names[:3])}{more})"
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @torch.no_grad()

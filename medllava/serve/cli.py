@@ -26,8 +26,8 @@ from medllava.errors import ConfigError, MedllavaError, run_cli
 from medllava.geometry import Box, Point, parse_boxes
 from medllava.images import draw_boxes, load_image
 from medllava.jsonl import atomic_write, describe, write_json
+from medllava.regions import around, with_region
 from medllava.serve.faults import refusal
-from medllava.serve.regions import around, with_region
 
 if TYPE_CHECKING:
     from medllava.model.answerer import Answerer

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from medllava.geometry import Box, Point, parse_boxes
-from medllava.serve.regions import around, with_region
+from medllava.regions import around, with_region
 
 BOX = Box(x1=0.12, y1=0.3, x2=0.45, y2=0.6)
 

@@ -21,7 +21,7 @@ from medllava.geometry import Box, parse_boxes
 from medllava.images import load_image
 from medllava.serve.cli import save_boxes
 from medllava.serve.client import Worker
-from medllava.serve.page import SENT_SIDE, open_picture
+from medllava.serve.session import SENT_SIDE, open_picture
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -202,7 +202,7 @@ def test_the_web_chat_shows_sends_and_streams(worker: str, said: dict[Path, dict
         assert sent.width / picture.image.width == pytest.approx(sent.height / picture.image.height, rel=0.01)
         pieces = [
             piece async for piece in Worker(worker).ask(
-                [Turn(role="user", text=QUESTION)], picture.uri, max_new_tokens=24
+                [Turn(role="user", text=QUESTION)], {0: picture.uri}, max_new_tokens=24
             )
         ]
         return "".join(pieces)

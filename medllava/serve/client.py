@@ -5,8 +5,9 @@ Every way in which a question can fail becomes a ServiceError whose text says wh
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import httpx
@@ -66,14 +67,14 @@ class Worker:
         return health
 
     async def ask(
-        self, turns: Sequence[Turn], image_uri: str | None = None, *, max_new_tokens: int = 256
+        self, turns: Sequence[Turn], pictures: Mapping[int, str] = MappingProxyType({}), *, max_new_tokens: int = 256
     ) -> AsyncIterator[str]:
-        """Stream the answer to ``turns``, whose first user turn is about the picture. Closing the iterator ends the
-        request, on which the worker stops. Raises ServiceError."""
+        """Stream the answer to ``turns``; ``pictures`` are data URIs by the number of the user turn they come with.
+        Closing the iterator ends the request, on which the worker stops. Raises ServiceError."""
         try:
             model = await self._model()
             stream = await self._client.chat.completions.create(
-                model=model, messages=_messages(turns, image_uri), stream=True, temperature=0.0,
+                model=model, messages=_messages(turns, pictures), stream=True, temperature=0.0,
                 max_tokens=max_new_tokens,
             )
             async with stream:
@@ -107,12 +108,11 @@ class Worker:
         return ServiceError(f"{self.url}: {error}")
 
 
-def _messages(turns: Sequence[Turn], image_uri: str | None) -> Any:
-    """The turns as API messages, the picture in the first of the user's."""
+def _messages(turns: Sequence[Turn], pictures: Mapping[int, str]) -> Any:
+    """The turns as API messages, each picture in its turn."""
     messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.text} for turn in turns]
-    first = next((message for message in messages if message["role"] == "user"), None)
-    if image_uri and first:
-        first["content"] = [
-            {"type": "image_url", "image_url": {"url": image_uri}}, {"type": "text", "text": first["content"]}
+    for number, uri in pictures.items():
+        messages[number]["content"] = [
+            {"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": turns[number].text}
         ]
     return messages

@@ -12,73 +12,23 @@ import contextlib
 import html
 import io
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from medllava.conversation import Turn
 from medllava.errors import DataError, ServiceError
-from medllava.geometry import Box, clipped_box, format_box, parse_boxes
+from medllava.geometry import Box, format_box, parse_boxes
 from medllava.images import BOX_COLOURS, draw_boxes, load_image, to_data_uri
+from medllava.regions import POINT_SIDE, mentions_region
 from medllava.serve.client import Worker, WorkerState
-from medllava.serve.regions import POINT_SIDE, mentions_region, with_region
+from medllava.serve.session import Picture, Session, open_picture, region_of, view_of
 
-SENT_SIDE = 2048
-"""Longest side in pixels of the picture that is shown and sent; a larger original is shrunk to it. Boxes are fractions,
-so they hold for both."""
 PREVIEW_SIDE = 900
 THUMBNAIL_HEIGHT = 124
 STATUS_S = 3.0
 """How often an open page asks the workers how they are."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An opened picture, and the copy of at most :data:`SENT_SIDE` pixels that is shown and sent, as a data URI."""
-
-    image: Image.Image
-    uri: str
-
-
-@dataclass
-class Session:
-    """One open page: its picture and its conversation. In memory only; dropped when the page is closed."""
-
-    picture: Picture | None = None
-    turns: list[Turn] = field(default_factory=list)
-    shown: list[dict[str, str]] = field(default_factory=list)
-    """The messages as the page shows them: the turns, and what went wrong."""
-    answering: bool = False
-
-    def open(self, picture: Picture) -> None:
-        self.picture = picture
-        self.forget()
-
-    def forget(self) -> None:
-        """Start a new conversation about the same picture."""
-        # New lists: an answer that is just being stopped ends in the old ones.
-        self.turns = []
-        self.shown = []
-        self.answering = False
-
-
-def open_picture(source: str | Path) -> Picture:
-    """Open a data URI or an example file. Raises DataError."""
-    image = load_image(source)
-    sent = image
-    if max(image.size) > SENT_SIDE:
-        sent = image.copy()
-        sent.thumbnail((SENT_SIDE, SENT_SIDE), Image.Resampling.LANCZOS)
-    return Picture(image, to_data_uri(sent))
-
-
-def region_of(value: Any) -> Box | None:
-    """The box that the viewer holds, if any."""
-    corners = value.get("box") if isinstance(value, dict) else None
-    return clipped_box(*corners) if isinstance(corners, list) and len(corners) == 4 else None
 
 
 # -- what the page shows
@@ -94,6 +44,19 @@ def header(states: Sequence[WorkerState], chosen: str) -> str:
         f'<span class="worker"><span class="dot {state.status}"></span><span>{model}{html.escape(state.detail)}</span>'
         "</span></div>"
     )
+
+
+def messages(session: Session) -> list[dict[str, str]]:
+    """The conversation as Gradio's chatbot takes it."""
+    notes = {"stopped": "*(stopped)*", "done": "*(an empty answer)*", "answering": "…"}
+    shown = []
+    for one in session.exchanges:
+        said = one.answer if one.state in {"done", "answering"} and one.answer else (
+            f"{one.answer}\n\n**Not answered.** {one.note}" if one.state == "failed"
+            else f"{one.answer} {notes[one.state]}"
+        )
+        shown += [{"role": "user", "content": one.asked}, {"role": "assistant", "content": said.strip()}]
+    return shown
 
 
 def drawn_answer(picture: Picture, boxes: Sequence[Box]) -> str:
@@ -161,9 +124,10 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
         except DataError as error:
             why = str(error).removeprefix("image data URI: ")
             return unchanged(4, f"This picture cannot be opened: {why}")
+        session.forget()
         session.open(picture)
         viewer = gr.HTML(value=None, src=picture.uri, size=list(picture.image.size), boxes=[])
-        return session, viewer, session.shown, ""
+        return session, viewer, messages(session), ""
 
     def open_file(session: Session, event: gr.EventData) -> tuple[Any, ...]:
         return show_picture(session, str(event.uri))
@@ -190,48 +154,35 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
         if region is None and mentions_region(text) and not parse_boxes(text):
             yield unchanged(4, "Draw a box on the image or click a point first.")
             return
-        question = Turn(role="user", text=with_region(text, region))
-        turns, shown, picture = session.turns, session.shown, session.picture
-        shown += [{"role": "user", "content": question.text}, {"role": "assistant", "content": "…"}]
-        session.answering = True
-        yield shown, gr.HTML(boxes=[]), "", ""
-        said = ""
-        pieces = by_url[url].ask([*turns, question], picture.uri if picture else None)
+        exchange = session.ask(text, region, view_of(marked))
+        picture = session.picture()
+        yield messages(session), gr.HTML(boxes=[]), "", ""
+        turns, pictures = session.prompt(exchange)
+        pieces = by_url[url].ask(turns, pictures)
         try:
             async with contextlib.aclosing(pieces):  # type: ignore[type-var]
                 async for piece in pieces:
-                    if not session.answering:
+                    if exchange.state != "answering":
                         return  # stopped meanwhile; the page says so, and a late piece must not write over it
-                    said += piece
-                    shown[-1]["content"] = said
-                    yield shown, gr.skip(), gr.skip(), gr.skip()
+                    exchange.answer += piece
+                    yield messages(session), gr.skip(), gr.skip(), gr.skip()
         except ServiceError as error:
-            session.answering = False
-            shown[-1]["content"] = f"{said}\n\n**Not answered.** {error}".strip()
-            yield shown, gr.skip(), gr.skip(), text
+            exchange.state, exchange.note = "failed", str(error)
+            yield messages(session), gr.skip(), gr.skip(), text
             return
-        finally:
-            if said:
-                # Also when it was stopped: what was said stays part of the conversation.
-                turns += [question, Turn(role="assistant", text=said)]
-        session.answering = False
-        if not said:
-            shown[-1]["content"] = "*(an empty answer)*"
-        boxes = parse_boxes(said)
+        exchange.state = "done"
+        boxes = exchange.boxes()
         # In a thread: on a large picture this takes a second, in which the other pages would stand still.
-        drawn = await asyncio.to_thread(drawn_answer, picture, boxes) if picture else ""
-        yield shown, gr.HTML(boxes=[list(box.as_tuple()) for box in boxes]), drawn, gr.skip()
+        drawn = await asyncio.to_thread(drawn_answer, picture, boxes) if isinstance(picture, Picture) else ""
+        yield messages(session), gr.HTML(boxes=[list(box.as_tuple()) for box in boxes]), drawn, gr.skip()
 
     def stopped(session: Session) -> list[dict[str, str]]:
-        if session.answering:
-            session.answering = False
-            said = session.shown[-1]["content"].removesuffix("…")
-            session.shown[-1]["content"] = f"{said} *(stopped)*".strip()
-        return session.shown
+        session.stop()
+        return messages(session)
 
     def clear(session: Session) -> tuple[Any, ...]:
-        session.forget()
-        return session, session.shown, gr.HTML(value=None, boxes=[]), "", ""
+        session.exchanges = []
+        return session, messages(session), gr.HTML(value=None, boxes=[]), "", ""
 
     def leave(request: gr.Request) -> None:
         # Gradio would keep a closed page's state, picture included, for an hour.

@@ -28,7 +28,8 @@ from medllava.images import draw_boxes, load_image, to_data_uri
 from medllava.model.answerer import Answerer
 from medllava.phantom.tissue import Finding, render_tissue, sample_field, sample_stain
 from medllava.serve.client import Worker
-from medllava.serve.page import Picture, build, launch
+from medllava.serve.page import build, launch
+from medllava.serve.session import Picture
 from medllava.serve.web import QUESTIONS, free_port
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from medllava.errors import MedllavaError
-from medllava.serve.page import Session, open_picture, region_of
 from medllava.serve.web import main
 
 Wait = Callable[..., None]
@@ -130,26 +129,3 @@ def test_a_damaged_example_is_left_out(start: Start, worker: Any, tmp_path: Path
     (folder / "bad.png").write_bytes(b"no picture")
     url = address(start("--worker", worker.url, "--examples", str(folder)))
     assert json.dumps(httpx.get(f"{url}/config").json()).count("data-number") == 2  # one button, one line of script
-
-
-def test_a_large_picture_is_sent_smaller_and_kept_whole(tmp_path: Path) -> None:
-    Image.new("RGB", (5000, 1000), "white").save(tmp_path / "wide.png")
-    picture = open_picture(tmp_path / "wide.png")
-    assert picture.image.size == (5000, 1000)
-    assert open_picture(picture.uri).image.size == (2048, 410)
-
-
-def test_regions_from_the_page() -> None:
-    box = region_of({"box": [0.1, 0.2, 0.4, 0.6], "point": None})
-    assert box is not None and box.as_tuple() == (0.1, 0.2, 0.4, 0.6)
-    for value in (None, "", {}, {"box": None}, {"box": [1, 2]}):
-        assert region_of(value) is None
-
-
-def test_an_answer_that_ends_late_does_not_enter_the_next_conversation(tmp_path: Path) -> None:
-    session = Session()
-    turns, shown = session.turns, session.shown
-    session.forget()
-    turns.append("late")  # type: ignore[arg-type]
-    shown.append({"role": "assistant", "content": "late"})
-    assert (session.turns, session.shown, session.answering) == ([], [], False)

@@ -1,0 +1,230 @@
+"""What one open page of the web chat holds: its pictures and its conversation. In memory only, without Gradio.
+
+A conversation is a list of exchanges. Each belongs to the picture it was asked about, and keeps what was sent for it:
+the picture as a data URI and the part of the picture (``frame``) that this URI shows. For a photograph the frame is the
+whole; a source that sends only a part, such as the view of a whole slide, says so in :class:`Sight`, and the boxes of
+questions and answers are carried between the two frames here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from PIL import Image
+
+from medllava.conversation import Turn
+from medllava.geometry import Box, Point, clipped_box, parse_boxes
+from medllava.images import load_image, to_data_uri
+from medllava.regions import with_region
+
+SENT_SIDE = 2048
+"""Longest side in pixels of the picture that is shown and sent; a larger original is shrunk to it. Boxes are fractions,
+so they hold for both."""
+THUMBNAIL_SIDE = 160
+WHOLE = Box(x1=0, y1=0, x2=1, y2=1)
+
+
+@dataclass(frozen=True)
+class Region:
+    """What is marked in the viewer, in 0..1 of the picture: a box, and the clicked point or the freehand path that it
+    stands for."""
+
+    box: Box
+    point: Point | None = None
+    path: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a question shows to the model: a data URI, and which part of the picture that is."""
+
+    uri: str
+    frame: Box = WHOLE
+
+
+class Source(Protocol):
+    """A picture of the conversation. ``size``: width and height of the original in pixels."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def thumbnail(self) -> str: ...
+    def sight(self, marked: Box | None, view: Box | None) -> Sight:
+        """What is sent with a question about ``marked`` (None: about what is visible), while ``view`` is the visible
+        part (None if the viewer did not say)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A photograph, and the copy of at most :data:`SENT_SIDE` pixels that is shown and sent, as a data URI."""
+
+    image: Image.Image
+    uri: str
+    thumbnail: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.image.size
+
+    def sight(self, marked: Box | None, view: Box | None) -> Sight:
+        return Sight(self.uri)
+
+
+@dataclass(eq=False)
+class Exchange:
+    """One question and its answer. ``picture`` is a place in the session's list, None for a question without one.
+
+    ``typed`` is what the person wrote, ``asked`` the same with the region written into it, as the model reads it: boxes
+    there and in ``answer`` are in 0..1 of ``sight.frame``.
+    """
+
+    picture: int | None
+    typed: str
+    region: Region | None
+    sight: Sight | None
+    asked: str
+    answer: str = ""
+    state: Literal["answering", "done", "stopped", "failed"] = "answering"
+    note: str = ""
+    """What a person should know of how the answer came about: stopped, failed, moved to another worker."""
+    model: str = ""
+
+    def boxes(self) -> list[Box]:
+        """The boxes of the answer, in 0..1 of the whole picture."""
+        frame = self.sight.frame if self.sight else WHOLE
+        return [out_of_frame(box, frame) for box in parse_boxes(self.answer)]
+
+
+@dataclass(eq=False)
+class Session:
+    """One open page. ``shown``: which picture the viewer shows."""
+
+    pictures: list[Source] = field(default_factory=list)
+    shown: int | None = None
+    exchanges: list[Exchange] = field(default_factory=list)
+
+    @property
+    def answering(self) -> bool:
+        return bool(self.exchanges) and self.exchanges[-1].state == "answering"
+
+    def picture(self) -> Source | None:
+        return None if self.shown is None else self.pictures[self.shown]
+
+    def open(self, picture: Source) -> None:
+        """Add a picture to the conversation and show it."""
+        self.pictures.append(picture)
+        self.shown = len(self.pictures) - 1
+
+    def ask(self, typed: str, region: Region | None = None, view: Box | None = None) -> Exchange:
+        """Append a question about the shown picture, to be answered."""
+        picture = self.picture()
+        sight = picture.sight(region.box if region else None, view) if picture else None
+        box = into_frame(region.box, sight.frame) if region and sight else None
+        exchange = Exchange(self.shown, typed.strip(), region, sight, with_region(typed, box))
+        self.exchanges.append(exchange)
+        return exchange
+
+    def stop(self) -> None:
+        """End the answer that is being made; what was said stays part of the conversation."""
+        if self.answering:
+            self.exchanges[-1].state = "stopped"
+
+    def cut(self, number: int) -> Exchange:
+        """Drop exchange ``number`` and all after it. Returns that one; raises IndexError if there is none."""
+        exchange = self.exchanges[number]
+        # A new list: an answer that is just being stopped ends in the old one.
+        self.exchanges = self.exchanges[: self.exchanges.index(exchange)]
+        exchange.state = "stopped" if exchange.state == "answering" else exchange.state
+        return exchange
+
+    def forget(self) -> None:
+        """A new conversation: no pictures, no exchanges."""
+        self.stop()
+        self.pictures, self.shown, self.exchanges = [], None, []
+
+    def prompt(self, exchange: Exchange) -> tuple[list[Turn], dict[int, str]]:
+        """The turns up to ``exchange``'s question, and by turn the picture that comes with it: each where it first
+        belongs, and again where the conversation comes back to it. Questions that got no answer are left out."""
+        turns: list[Turn] = []
+        pictures: dict[int, str] = {}
+        last: str | None = None
+        for one in self.exchanges[: self.exchanges.index(exchange) + 1]:
+            if one is not exchange and not one.answer:
+                continue
+            if one.sight and one.sight.uri != last:
+                pictures[len(turns)] = last = one.sight.uri
+            turns.append(Turn(role="user", text=one.asked))
+            if one is not exchange:
+                turns.append(Turn(role="assistant", text=one.answer))
+        return turns, pictures
+
+
+def open_picture(source: str | Path) -> Picture:
+    """Open a data URI or an example file. Raises DataError."""
+    image = load_image(source)
+    sent = image
+    if max(image.size) > SENT_SIDE:
+        sent = image.copy()
+        sent.thumbnail((SENT_SIDE, SENT_SIDE), Image.Resampling.LANCZOS)
+    return Picture(image, to_data_uri(sent), thumbnail_of(sent))
+
+
+def thumbnail_of(image: Image.Image) -> str:
+    """A small copy as a data URI."""
+    small = image.copy()
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    return to_data_uri(small, "JPEG")
+
+
+def region_of(value: Any) -> Region | None:
+    """The region that the viewer holds, if any; its value comes from a browser and may be anything."""
+    if not isinstance(value, dict):
+        return None
+    corners = _numbers(value.get("box"), 4)
+    box = clipped_box(*corners) if corners else None
+    if box is None:
+        return None
+    place = _numbers(value.get("point"), 2)
+    drawn = value.get("path")
+    path = [_numbers(step, 2) for step in drawn] if isinstance(drawn, list) else []
+    point = Point(x=_fraction(place[0]), y=_fraction(place[1])) if place else None
+    return Region(box, point, tuple((_fraction(step[0]), _fraction(step[1])) for step in path if step))
+
+
+def view_of(value: Any) -> Box | None:
+    """The part of the picture that the viewer shows, if it says so."""
+    corners = _numbers(value.get("view"), 4) if isinstance(value, dict) else None
+    return clipped_box(*corners) if corners else None
+
+
+def _numbers(value: Any, count: int) -> Sequence[float] | None:
+    if not isinstance(value, list) or len(value) != count:
+        return None
+    return value if all(isinstance(one, int | float) and one == one for one in value) else None
+
+
+def _fraction(value: float) -> float:
+    return min(max(value, 0.0), 1.0)
+
+
+def into_frame(box: Box, frame: Box) -> Box | None:
+    """``box`` of the picture in 0..1 of ``frame``, cut to it; None if nothing is left."""
+    width, height = frame.x2 - frame.x1, frame.y2 - frame.y1
+    return clipped_box(
+        (box.x1 - frame.x1) / width, (box.y1 - frame.y1) / height, (box.x2 - frame.x1) / width,
+        (box.y2 - frame.y1) / height,
+    )
+
+
+def out_of_frame(box: Box, frame: Box) -> Box:
+    """``box`` in 0..1 of ``frame``, in 0..1 of the picture."""
+    width, height = frame.x2 - frame.x1, frame.y2 - frame.y1
+    whole = clipped_box(
+        frame.x1 + box.x1 * width, frame.y1 + box.y1 * height, frame.x1 + box.x2 * width, frame.y1 + box.y2 * height
+    )
+    assert whole is not None, "a box of a part of the picture is a box of the picture"
+    return whole

@@ -1,14 +1,18 @@
-"""What the tests of whole commands share: a way to run them, a few videos, a checkpoint, a full disk."""
+"""What the tests of whole commands share: a way to run them, a few videos, a checkpoint, a full disk, a slide."""
 
 from __future__ import annotations
 
+import io
 import os
+import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 # Several processes of this suite share few cores: threads that wait for each other must not spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -100,3 +104,119 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     for disk in mounted:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@dataclass(frozen=True)
+class SyntheticSlide:
+    """A pyramidal TIFF of one repeated tile with coloured rectangles (``marks``: pixels of the finest level, colour)."""
+
+    path: Path
+    size: tuple[int, int]
+    mpp: float
+    marks: list[tuple[tuple[int, int, int, int], tuple[int, int, int]]]
+
+
+TILE = 256
+
+
+def write_slide(
+    path: Path, tile: Image.Image, size: tuple[int, int] = (40_960, 32_768), mpp: float = 0.5, *,
+    marks: Sequence[tuple[tuple[int, int, int, int], tuple[int, int, int]]] = (), steps: Sequence[int] = (1, 4, 16, 64),
+    description: str = "", label: Image.Image | None = None,
+) -> SyntheticSlide:
+    """Write a tiled TIFF with JPEG tiles, one level per entry of ``steps``, resolution in its tags. Equal tiles are
+    stored once, so that a slide of a gigapixel takes less than a megabyte and a second."""
+    content = bytearray(b"II*\0\0\0\0\0")
+    stored: dict[bytes, int] = {}
+
+    def store(data: bytes) -> int:
+        if data not in stored:
+            stored[data] = len(content)
+            content.extend(data + b"\0" * (len(data) % 2))
+        return stored[data]
+
+    def jpeg(picture: Image.Image) -> bytes:
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=90)
+        return buffer.getvalue()
+
+    def tile_at(x: int, y: int, step: int, plain: Image.Image) -> Image.Image:
+        here = [
+            (tuple(round(v / step) - o for v, o in zip(box, (x, y, x, y), strict=True)), colour)
+            for box, colour in marks
+        ]
+        here = [(box, colour) for box, colour in here if box[0] < TILE and box[1] < TILE and box[2] > 0 and box[3] > 0]
+        if not here:
+            return plain
+        drawn = plain.copy()
+        for box, colour in here:
+            drawn.paste(colour, (max(box[0], 0), max(box[1], 0), min(box[2], TILE), min(box[3], TILE)))
+        return drawn
+
+    directories: list[list[tuple[int, int, Sequence[int]]]] = []
+    for step in steps:
+        width, height = size[0] // step, size[1] // step
+        mean = tile.resize((1, 1), Image.Resampling.BOX).resize((TILE, TILE))
+        plain = tile if step == 1 else mean
+        encoded: dict[bytes, bytes] = {}
+        places, lengths = [], []
+        for y in range(0, height, TILE):
+            for x in range(0, width, TILE):
+                picture = tile_at(x, y, step, plain)
+                pixels = b"" if picture is plain else picture.tobytes()
+                if pixels not in encoded:
+                    encoded[pixels] = jpeg(picture)
+                data = encoded[pixels]
+                places.append(store(data))
+                lengths.append(len(data))
+        per_cm = round(10_000 / (mpp * step) * 1000), 1000
+        directories.append([
+            (254, 4, [int(step > 1)]), (256, 4, [width]), (257, 4, [height]), (258, 3, [8, 8, 8]), (259, 3, [7]),
+            (262, 3, [6]), (270, 2, [*description.encode(), 0]), (277, 3, [3]), (282, 5, per_cm), (283, 5, per_cm),
+            (284, 3, [1]), (296, 3, [3]), (322, 4, [TILE]), (323, 4, [TILE]), (324, 4, places), (325, 4, lengths),
+            (530, 3, [2, 2]),
+        ])
+    if label is not None:
+        place = store(label.tobytes())
+        directories.append([
+            (254, 4, [1]), (256, 4, [label.width]), (257, 4, [label.height]), (258, 3, [8, 8, 8]), (259, 3, [1]),
+            (262, 3, [2]), (270, 2, [*b"Aperio Image Library\nlabel 100x100", 0]), (273, 4, [place]), (277, 3, [3]),
+            (278, 4, [label.height]), (279, 4, [len(label.tobytes())]), (284, 3, [1]),
+        ])
+    link = 4  # where the offset of the next directory is to be written
+    codes = {2: "B", 3: "H", 4: "I", 5: "I"}
+    for directory in directories:
+        entries = b""
+        for tag, kind, values in directory:
+            packed = struct.pack(f"<{len(values)}{codes[kind]}", *values)
+            field = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", store(packed))
+            entries += struct.pack("<HHI", tag, kind, len(values) // 2 if kind == 5 else len(values)) + field
+        content[link : link + 4] = struct.pack("<I", len(content))
+        link = len(content) + 2 + len(entries)
+        content.extend(struct.pack("<H", len(directory)) + entries + b"\0\0\0\0")
+    path.write_bytes(content)
+    return SyntheticSlide(path, size, mpp, list(marks))
+
+
+@pytest.fixture(scope="session")
+def make_slide() -> Callable[..., SyntheticSlide]:
+    """See :func:`write_slide`."""
+    return write_slide
+
+
+@pytest.fixture(scope="session")
+def tissue_tile() -> Image.Image:
+    """A tile of H&E-like tissue."""
+    import numpy as np
+
+    from medllava.phantom.tissue import render_tissue, sample_stain
+
+    rng = np.random.default_rng(5)
+    return Image.fromarray(render_tissue(rng, TILE, TILE, [], sample_stain(rng)))
+
+
+@pytest.fixture(scope="session")
+def gigapixel(tissue_tile: Image.Image, tmp_path_factory: pytest.TempPathFactory) -> SyntheticSlide:
+    """A slide of 1.3 gigapixels at 0.5 µm per pixel with two marks."""
+    marks = [((8192, 6144, 12_288, 9216), (200, 30, 40)), ((30_000, 25_000, 30_600, 25_500), (20, 60, 180))]
+    return write_slide(tmp_path_factory.mktemp("slides") / "big.tiff", tissue_tile, marks=marks)

@@ -117,7 +117,7 @@ def _merge(source: Path, target: Path) -> float:
     wanted = trace(loaded)
     manifest = loaded.manifest
     facts = manifest.model_dump(
-        include={"single_exchange", "training_mpp", "box_format", "data_sha256", "recipe", "figures"}
+        include={"single_exchange", "training_mpp", "regions", "box_format", "data_sha256", "recipe", "figures"}
     )
     model = loaded.model.merge_and_unload() if manifest.kind == "lora" else loaded.model
     checkpoint.save_full(target, model, loaded.processor, chat_format=manifest.chat_format, **facts)

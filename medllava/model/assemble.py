@@ -51,7 +51,7 @@ def assemble(
     # A template that training could not use is told now.
     turns = [Turn(role="user", text=f"{IMAGE_TAG}\nWhere?"), Turn(role="assistant", text="There.")]
     prompts.sample([*turns, Turn(role="user", text="And?"), turns[1]], f"chat format {chat_format} of {language}")
-    checkpoint.save_full(target, model, processor, chat_format=chat_format)
+    checkpoint.save_full(target, model, processor, chat_format=chat_format, regions=("mark",))
     checkpoint.verify(target)
 
 

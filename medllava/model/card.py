@@ -15,6 +15,7 @@ _WHAT = {
     "projector": "A projector alone, between the image encoder and the language model of its base.",
     "lora": "LoRA adapters for the language model of its base, and the projector that was trained with them.",
 }
+_WAYS = {"text": "coordinates in the text", "mark": "a red mark on the picture"}
 _USE = """\
 ## Use
 
@@ -57,6 +58,7 @@ def model_card(manifest: Manifest) -> str:
         + ("padded to a square" if manifest.padding == "square" else "cut to a square"),
         "resolution of the training images": mpp and f"{mpp:g} micrometres per pixel",
         "boxes": f"`{manifest.box_format}`",
+        "regions of questions": " or ".join(_WAYS[way] for way in manifest.regions),
         "made": manifest.created,
         "code": manifest.versions.get("commit"),
     }

@@ -82,7 +82,7 @@ def describe(path: Path) -> Manifest:
         processor = _load_processor(path)
         return Manifest(
             kind="full", chat_format="template", image_size=image_side(processor.image_processor),
-            padding=padding_of(processor.image_processor),
+            padding=padding_of(processor.image_processor), regions=("mark",),
         )
     needed = {
         "full": ("config.json",),

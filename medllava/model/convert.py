@@ -79,7 +79,7 @@ def convert(
     tower, image_processor = _tower(source, config, vision_tower)
     model, processor = _assembled(source, language, config, tensors, tower, image_processor)
     model.generation_config = _generation_config(language)
-    checkpoint.save_full(target, model, processor, chat_format=chat_format)
+    checkpoint.save_full(target, model, processor, chat_format=chat_format, regions=("mark",))
     written = _hashes(_stored(target))
     if written != _hashes(model.state_dict().items()):
         (target / manifest.FILE).unlink()

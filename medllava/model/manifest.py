@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from medllava import __version__
 from medllava.errors import CheckpointError
 from medllava.jsonl import describe, read_json, write_json
+from medllava.regions import Way
 
 FILE = "medllava.json"
 
@@ -38,6 +39,8 @@ class Manifest(BaseModel):
     image_size: side of the model's input, pixels. padding: ``square`` pads the picture to a square first.
     single_exchange: the model was trained on questions without a history, so earlier turns stay out of its prompts.
     training_mpp: micrometres per pixel of the training images, if known.
+    regions: how a region of a question reaches the model, see :mod:`medllava.regions`: what it was trained on. Weights
+        of others get ``mark``: LLaVA and Quilt-LLaVA were trained on neither, and Quilt-VQA-RED marks pictures in red.
     quantized: what the language model of the base was quantized to while the rest was trained; it can be loaded on the
         base as it is, or quantized.
     tower_trained: a projector or LoRA folder that also holds layers of the vision tower.
@@ -55,6 +58,7 @@ class Manifest(BaseModel):
     padding: Padding = "square"
     single_exchange: bool = False
     training_mpp: float | None = None
+    regions: tuple[Way, ...] = ("text",)
     box_format: str = "[x1, y1, x2, y2], 0..1 of the original image"
     quantized: Literal["nf4", "int8"] | None = None
     tower_trained: bool = False

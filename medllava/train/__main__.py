@@ -109,13 +109,16 @@ def _preview(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON Lines to write")
     parser.add_argument("--tokens-per-image", type=int, default=None, help="default: the checkpoint's, else 1")
     parser.add_argument("--max-length", type=int, default=None)
+    parser.add_argument("--regions", default="text", help="as the recipe's: text, mark or both (default: text)")
+    parser.add_argument("--images", type=Path, help="with --regions mark: write the first marked pictures, too")
     given = parser.parse_args(arguments)
 
+    from medllava.regions import parse_ways
     from medllava.train.preview import preview
 
     count, refused = preview(
         given.tokenizer, given.chat_format, given.data, given.out, tokens_per_image=given.tokens_per_image,
-        max_length=given.max_length,
+        max_length=given.max_length, ways=parse_ways(given.regions), images=given.images,
     )
     print(f"wrote {count} samples to {given.out}")
     if refused:

@@ -172,6 +172,9 @@ class TuneRecipe(_Stage):
     precision: ``auto`` is bfloat16 on CUDA, else float32. Trained weights are always float32.
     compile: compile the language model's layers (``torch.compile``). liger: Liger's kernels for norms, rotary positions
         and MLPs (``auto``: if they are installed). Both on CUDA only.
+    regions: how a question's region, a box in its text, is shown: ``text`` as it is written; ``mark`` as a red ellipse
+        on the picture (see :mod:`medllava.regions`); ``both``: half of the samples one way, half the other, by their
+        ids. Only samples that begin with a question about the one region they name can be marked; others stay text.
     eval_every: steps between validations (``--eval-data``). eval_answers: of so many held-out samples the first
         question is also answered, and compared with the sample's answer (0: none, which is faster).
     """
@@ -201,6 +204,7 @@ class TuneRecipe(_Stage):
     eval_every: int = Field(default=200, ge=1)
     eval_answers: int = Field(default=0, ge=0)
     training_mpp: float | None = None
+    regions: Literal["text", "mark", "both"] = "text"
 
     @model_validator(mode="after")
     def _quantized_is_frozen(self) -> TuneRecipe:

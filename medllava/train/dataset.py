@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import random
@@ -11,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from medllava.conversation import IMAGE_TAG, InstructionSample, Turn, read_llava, sample_from_llava
 from medllava.errors import DataError
+from medllava.geometry import parse_boxes
 from medllava.images import load_image
 from medllava.model.pixels import image_side, pixel_values
 from medllava.model.prompt import IGNORE, Prompt, PromptBuilder
+from medllava.regions import Way, as_mark, draw_mark, marked_name, named_mark
 from medllava.train.augment import choose_variant, flip_pixels, flip_text
 from medllava.train.batch import Batch, Example, collate, lay_out
 from medllava.train.features import FeatureStore
@@ -55,6 +59,44 @@ def split_exchanges(samples: Sequence[InstructionSample]) -> list[InstructionSam
             tagged = Turn(role="user", text=f"{IMAGE_TAG}\n" + asked.text.replace(IMAGE_TAG, "").strip())
             made.append(sample.model_copy(update={"id": f"{sample.id}-{number}", "turns": (tagged, told)}))
     return made
+
+
+def names_region(samples: Sequence[InstructionSample]) -> bool:
+    """Whether a question of the samples names a box."""
+    return any(parse_boxes(turn.text) for sample in samples for turn in sample.turns if turn.role == "user")
+
+
+def show_regions(samples: Sequence[InstructionSample], ways: Sequence[Way]) -> list[InstructionSample]:
+    """The samples with the regions of their questions shown in ``ways``; with both, every other sample is marked, as
+    its id decides. A sample is marked if its first question names a region, no other question names another, and no
+    answer tells a box: to a question such as "where is the gland?", the mark would give the answer away."""
+    shown = []
+    for sample in samples:
+        marked = None
+        if "mark" in ways and ("text" not in ways or hashlib.sha256(sample.id.encode()).digest()[0] % 2):
+            marked = _marked(sample)
+        shown.append(marked or sample)
+    return shown
+
+
+def _marked(sample: InstructionSample) -> InstructionSample | None:
+    asked = [turn.text for turn in sample.turns if turn.role == "user"]
+    told = [turn.text for turn in sample.turns if turn.role == "assistant"]
+    found = as_mark(" ".join(asked))
+    if found is None or len(sample.images) != 1 or not parse_boxes(asked[0]) or any(map(parse_boxes, told)):
+        return None
+    turns = [
+        Turn(role="user", text=text[0]) if turn.role == "user" and (text := as_mark(turn.text)) else turn
+        for turn in sample.turns
+    ]
+    return sample.model_copy(update={"images": (marked_name(sample.images[0], found[1]),), "turns": tuple(turns)})
+
+
+def open_picture(folder: Path, name: str) -> Image.Image:
+    """A sample's picture, with its mark if it has one. Raises DataError."""
+    file, region = named_mark(name)
+    image = load_image(folder / file)
+    return draw_mark(image, region) if region else image
 
 
 def check_images(samples: Sequence[InstructionSample], folder: Path) -> None:
@@ -156,7 +198,7 @@ class Pictures:
 
     def pixels(self, name: str, variant: int = 0) -> torch.Tensor:
         """(3, side, side)"""
-        values = pixel_values(self._image_processor, [load_image(self._folder / name)])[0]
+        values = pixel_values(self._image_processor, [open_picture(self._folder, name)])[0]
         return flip_pixels(values, variant)
 
     def cache(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from medllava.errors import DataError
 from medllava.model.checkpoint import full_disk_told
 from medllava.model.manifest import file_sha256
+from medllava.regions import marked_name, named_mark
 from medllava.train.augment import flip_pixels
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,13 @@ def encoder_key(model: Any, image_processor: Any) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _digest(images: Path, name: str) -> str:
+    """Hash of a picture's file and of the mark on it."""
+    file, region = named_mark(name)
+    found = file_sha256(images / file)
+    return f"{found}-{hashlib.sha256(marked_name('', region).encode()).hexdigest()[:16]}" if region else found
 
 
 class FeatureStore:
@@ -64,7 +72,7 @@ class FeatureStore:
         """Encode this process's share of the pictures in ``images`` that are not there yet; returns how many."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._find()
-        self._names = {name: file_sha256(images / name) for name in tqdm(names, desc="hash images", leave=False)}
+        self._names = {name: _digest(images, name) for name in tqdm(names, desc="hash images", leave=False)}
         missing = list({
             digest: name for name, digest in self._names.items()
             if any(f"{digest}-{variant}" not in self._where for variant in variants)

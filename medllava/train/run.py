@@ -32,6 +32,7 @@ from medllava.model.embeddings import load_encoder
 from medllava.model.image_text import data_sha256, read_image_texts
 from medllava.model.pixels import tokens_per_image
 from medllava.model.prompt import PromptBuilder
+from medllava.regions import parse_ways
 from medllava.train.config import AnyRecipe, ContrastiveRecipe, FoundationRecipe, Optim, TuneRecipe
 from medllava.train.contrastive import ContrastiveData, ContrastiveLoss, read_pairs
 from medllava.train.contrastive_tune import (
@@ -52,7 +53,9 @@ from medllava.train.dataset import (
     check_images,
     kind_weights,
     micro_batches,
+    names_region,
     read_samples,
+    show_regions,
     split_exchanges,
 )
 from medllava.train.features import FeatureStore, encoder_key
@@ -354,12 +357,18 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         raise ConfigError(f"{paths.data}: no sample of kinds {', '.join(recipe.kinds or ())}")
     if recipe.split_exchanges:
         wanted = split_exchanges(wanted)
+    ways = parse_ways(recipe.regions)
+    known_regions = ways if names_region(wanted) else source.regions
+    wanted = show_regions(wanted, ways)
     mixed: list[InstructionSample] = []
+    as_read = list(samples)
     often = {} if not recipe.kind_weights else {id(each): recipe.kind_weights.get(each.kind, 1.0) for each in wanted}
     for file, part in paths.mix:
         others = read_samples(file)
         check_images(others, paths.images)
+        as_read += others
         others = split_exchanges(others) if recipe.split_exchanges else others
+        others = show_regions(others, ways)
         log.info("%s: %d samples, each %.3g times in an epoch", file, len(others), part * len(wanted) / len(others))
         often |= {id(each): part * len(wanted) / len(others) for each in others}
         mixed += others
@@ -370,7 +379,7 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         tuple(often.get(id(each), 1.0) for each in examples.samples) if often else None,
     )
     steps = _steps(recipe.optim, order)
-    evaluation = _held_out(recipe, paths, [*samples, *mixed], prompts)
+    evaluation = _held_out(recipe, paths, as_read, prompts)
     pictures = Pictures(paths.images, processor.image_processor)
     names = [name for part in (examples, evaluation) if part for sample in part.samples for name in sample.images]
     names = list(dict.fromkeys(names))
@@ -405,6 +414,7 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
     facts = _facts(recipe, paths, training_mpp=recipe.training_mpp or source.training_mpp)
     facts["single_exchange"] = recipe.split_exchanges
     facts["quantized"] = recipe.quantize
+    facts["regions"] = known_regions
     facts["chat_format"] = source.chat_format if chat_format == "plain" else chat_format
     base = loaded.base or paths.init_from
     trained = {name: value for group in groups for name, value in group.parameters.items()}
@@ -532,6 +542,7 @@ def _held_out(
     check_images(samples, paths.images)
     check_held_out(training, samples, paths.images)
     samples = split_exchanges(samples) if recipe.split_exchanges else samples
+    samples = show_regions(samples, parse_ways(recipe.regions))
     return Examples(samples, prompts, max_length=recipe.max_length)
 
 

@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from medllava.conversation import InstructionSample
 from medllava.errors import DataError
-from medllava.images import load_image
 from medllava.model.answerer import Answerer, Question
 from medllava.model.checkpoint import Loaded
 from medllava.model.manifest import file_sha256
 from medllava.train.batch import Batch
+from medllava.train.dataset import open_picture
 from medllava.train.forward import embeddings, hidden_states
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def exact_match(
         at = next(number for number, turn in enumerate(sample.turns) if turn.role == "assistant")
         asked = sample.turns[:at]
         shown = sample.images[: sum(turn.text.count("<image>") for turn in asked)]
-        questions.append(([load_image(images / name) for name in shown], asked))
+        questions.append(([open_picture(images, name) for name in shown], asked))
         wanted.append(sample.turns[at].text)
     right = 0
     for start in range(0, len(questions), _ANSWER_BATCH):

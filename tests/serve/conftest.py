@@ -114,7 +114,9 @@ class ScriptedAnswerer:
     model_id: str = "scripted"
     num_image_tokens: int = 16
     think_s: float = 2.0
-    manifest: Any = field(default_factory=lambda: SimpleNamespace(base=None, chat_format="medllava"))
+    manifest: Any = field(default_factory=lambda: SimpleNamespace(
+        base=None, chat_format="medllava", regions=("text",), training_mpp=0.5, image_size=96
+    ))
     asked: list[tuple[list[Image.Image], list[Turn], dict[str, Any]]] = field(default_factory=list)
     stopped_at: list[float] = field(default_factory=list)
     """Times at which a generation was closed before its end."""

@@ -5,6 +5,7 @@ Every way in which a question can fail becomes a ServiceError whose text says wh
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,20 +16,39 @@ import openai
 
 from medllava.conversation import Turn
 from medllava.errors import ServiceError
+from medllava.regions import WAYS
 
 CONNECT_S = 5.0
+STATE_S = 2.5
+"""How long a worker may take to say how it is."""
+LOST = {502, 503, 504}
+"""Answers of a worker that is loading or ending, and of a proxy that has lost it."""
 READ_S = 600.0
 """Longest silence of a worker. A question may wait in its line before the first byte comes."""
 
 
 @dataclass(frozen=True)
 class WorkerState:
-    """What a worker says about itself. ``detail`` is for people."""
+    """What a worker says about itself. ``detail`` is for people.
+
+    regions: how its model takes regions, see :mod:`medllava.regions`. mpp: micrometres per pixel of its training
+    pictures, None if unknown. image_size: side in pixels of what its encoder sees, None if unknown. Servers of others
+    (vLLM, SGLang) do not say, and are asked with coordinates.
+    """
 
     url: str
     status: Literal["ready", "loading", "unreachable"]
     model: str | None
     detail: str
+    regions: tuple[str, ...] = ("text",)
+    mpp: float | None = None
+    image_size: int | None = None
+    models: tuple[Model, ...] = ()
+    """All that it serves, ``model`` first."""
+
+
+class WorkerLost(ServiceError):
+    """The worker is not there, or not yet, or left in the middle of an answer: another one might answer."""
 
 
 class Worker:
@@ -36,7 +56,9 @@ class Worker:
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._http = httpx.AsyncClient(timeout=3.0)
+        self._http = httpx.AsyncClient(timeout=STATE_S)
+        self._models: tuple[Model, ...] = ()
+        self._facts: tuple[str, dict[str, Any]] = ("", {})
         # max_retries=0: a person sees why at once and asks again; the client would try silently.
         self._client = openai.AsyncOpenAI(
             base_url=f"{self.url}/v1", api_key=api_key or "none", max_retries=0,
@@ -49,30 +71,48 @@ class Worker:
             health = await self._health()
             status, model = health["status"], health["model"]
         except (httpx.HTTPError, ValueError, LookupError, TypeError):
+            self._models = ()  # whatever starts there next may be another model of the same name
             return WorkerState(self.url, "unreachable", None, f"no worker answers at {self.url}")
         if status != "ready":
             return WorkerState(self.url, "loading", None, f"loading the model, {health.get('seconds', 0):.0f} s so far")
         waiting = health.get("waiting", 0)
         line = f"answering, {waiting} waiting" if waiting else "answering" if health.get("busy") else "ready"
-        return WorkerState(self.url, "ready", str(model), line)
+        known = await self._known(str(model))
+        return WorkerState(self.url, "ready", str(model), line, **known)
 
     async def _health(self) -> dict[str, Any]:
         """What ``/health`` says; of vLLM and SGLang, which only say there that they are well, the first model."""
         reply = await self._http.get(f"{self.url}/health")
         if reply.status_code == 200 and not reply.content.startswith(b"{"):
-            key = {"Authorization": f"Bearer {self._client.api_key}"}
-            listed = (await self._http.get(f"{self.url}/v1/models", headers=key)).json()
-            return {"status": "ready", "model": listed["data"][0]["id"]}
+            names = [entry["id"] for entry in await self._listed()]
+            return {"status": "ready", "model": names[0], "models": names}
         health: dict[str, Any] = reply.json()
         return health
 
-    async def ask(
-        self, turns: Sequence[Turn], pictures: Mapping[int, str] = MappingProxyType({}), *, max_new_tokens: int = 256
-    ) -> AsyncIterator[str]:
-        """Stream the answer to ``turns``; ``pictures`` are data URIs by the number of the user turn they come with.
-        Closing the iterator ends the request, on which the worker stops. Raises ServiceError."""
+    async def _known(self, model: str) -> dict[str, Any]:
+        """The fields of WorkerState that ``/v1/models`` says of the model; asked once for each model."""
+        if self._facts[0] == model:
+            return self._facts[1]
+        key = {"Authorization": f"Bearer {self._client.api_key}"}
         try:
-            model = await self._model()
+            listed = (await self._http.get(f"{self.url}/v1/models", headers=key)).json()["data"]
+            told = next(entry for entry in listed if entry["id"] == model).get("medllava") or {}
+            ways = tuple(way for way in told.get("regions", ()) if way in WAYS)
+            known = {"regions": ways or ("text",), "mpp": told.get("mpp"), "image_size": told.get("image_size")}
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+            return {}
+        self._facts = (model, known)
+        return known
+
+    async def ask(
+        self, turns: Sequence[Turn], pictures: Mapping[int, str] = MappingProxyType({}), *, model: str | None = None,
+        max_new_tokens: int = 256,
+    ) -> AsyncIterator[str]:
+        """Stream the answer of ``model`` (by default the worker's first) to ``turns``; ``pictures`` are data URIs by the
+        number of the user turn they come with. Closing the iterator ends the request, on which the worker stops.
+        Raises ServiceError; WorkerLost where another worker might answer."""
+        try:
+            model = model or await self._model()
             stream = await self._client.chat.completions.create(
                 model=model, messages=_messages(turns, pictures), stream=True, temperature=0.0,
                 max_tokens=max_new_tokens,
@@ -84,7 +124,7 @@ class Worker:
         except openai.OpenAIError as error:
             raise self._fault(error) from error
         except httpx.HTTPError as error:
-            raise ServiceError(f"{self.url}: the answer broke off; the worker may have stopped. Ask again.") from error
+            raise WorkerLost(f"{self.url}: the answer broke off; the worker may have stopped. Ask again.") from error
 
     async def _model(self) -> str:
         async for model in self._client.models.list():
@@ -93,9 +133,9 @@ class Worker:
 
     def _fault(self, error: openai.OpenAIError) -> ServiceError:
         if isinstance(error, openai.APITimeoutError):
-            return ServiceError(f"{self.url}: the worker sent nothing for {READ_S:.0f} s. Ask again or restart it.")
+            return WorkerLost(f"{self.url}: the worker sent nothing for {READ_S:.0f} s. Ask again or restart it.")
         if isinstance(error, openai.APIConnectionError):
-            return ServiceError(
+            return WorkerLost(
                 f"No worker can be reached at {self.url}. Is it running? Start it with:"
                 " python -m medllava.serve.worker --model-path FOLDER --port PORT"
             )
@@ -104,7 +144,8 @@ class Worker:
         if isinstance(error, openai.APIError):
             # The worker's own sentence: still loading, prompt too long, bad picture, out of memory, ...
             body = error.body if isinstance(error.body, dict) else {}
-            return ServiceError(str(body.get("message") or error.message))
+            said = str(body.get("message") or error.message)
+            return WorkerLost(said) if getattr(error, "status_code", None) in LOST else ServiceError(said)
         return ServiceError(f"{self.url}: {error}")
 
 

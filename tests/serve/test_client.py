@@ -24,3 +24,9 @@ def test_a_server_that_is_not_ours_is_asked_for_its_models(serve: Callable[[Any]
     url = serve(Starlette(routes=[Route("/health", health), Route("/v1/models", models)]))
     state = asyncio.run(Worker(url).state())
     assert (state.status, state.model) == ("ready", "stage2")
+
+
+def test_a_worker_says_how_its_model_takes_regions(start_worker: Any, scripted: Any) -> None:
+    scripted.manifest.regions, scripted.manifest.training_mpp = ("mark",), 0.25
+    state = asyncio.run(Worker(start_worker(load=lambda: scripted).url).state())
+    assert (state.regions, state.mpp, state.image_size) == (("mark",), 0.25, 96)

@@ -108,7 +108,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @dataclass(frozen=True)
 class SyntheticSlide:
-    """A pyramidal TIFF of one repeated tile with coloured rectangles (``marks``: pixels of the finest level, colour)."""
+    """A pyramidal TIFF of one repeated tile and coloured marks (pixels of the finest level, colour)."""
 
     path: Path
     size: tuple[int, int]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import secrets
@@ -16,9 +17,9 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -26,6 +27,7 @@ from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from medllava.errors import DataError, ImageTooLarge, MedllavaError
@@ -45,10 +47,12 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 """How often a request that waits looks whether its client is still there."""
-FIRST_PIECE_S = 5.0
+FIRST_PIECE_S = 3.0
 """How long a streamed answer may show its first piece or its fault before the response starts with status 200."""
-HEARTBEAT_S = 10.0
-"""How often a silent stream sends a comment, so that no proxy takes it for dead."""
+HEARTBEAT_S = 3.0
+"""How often a silent stream sends a comment, so that nobody takes it for dead. Some clients wait no more than 5 s."""
+DRAIN_S = 30.0
+"""How long a request that is too large is read on and forgotten, so that its sender comes to read why."""
 REQUEST_BODY = {
     "requestBody": {
         "required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}
@@ -59,11 +63,12 @@ REQUEST_BODY = {
 @dataclass
 class Limits:
     """What the worker takes in. ``max_batch`` answers are made at once; ``max_waiting`` requests may wait, each for
-    ``max_wait_s`` seconds."""
+    ``max_wait_s`` seconds. ``max_held_mb``: all requests together whose pictures are not read yet."""
 
     max_image_mb: float = 20.0
     max_images: int = 8
     max_request_mb: float = 64.0
+    max_held_mb: float = 1000.0
     max_new_tokens: int = 256
     max_batch: int = 16
     max_waiting: int = 64
@@ -76,6 +81,35 @@ class Limits:
     @property
     def max_request_bytes(self) -> int:
         return int(self.max_request_mb * 1_000_000)
+
+
+class Intake:
+    """The bytes of the requests that are being received, or whose pictures are not read yet."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limit = int(limits.max_held_mb * 1_000_000)
+        self._held = 0
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Yields what one request calls for each piece of it; all of it is given back at the end. The call raises
+        Refused when it is one piece too many."""
+        mine = 0
+
+        def take(size: int) -> None:
+            nonlocal mine
+            if self._held + size > self._limit:
+                raise Refused(
+                    429, "queue_full", "the questions that wait hold too much memory already; ask again in 5 s",
+                    retry_after_s=5,
+                )
+            mine += size
+            self._held += size
+
+        try:
+            yield take
+        finally:
+            self._held -= mine
 
 
 @dataclass
@@ -143,6 +177,7 @@ def create_app(
     models = Models()
     engine = Engine(max_rows=limits.max_batch, max_waiting=limits.max_waiting)
     metrics = Metrics(engine)
+    intake = Intake(limits)
     # Few at a time: an opened picture takes up to 300 MB.
     readers = asyncio.Semaphore(2)
 
@@ -246,25 +281,28 @@ def create_app(
         check_key(request.headers, api_keys)
         models.ready()
         engine.check_room()
-        question = parse(await read_body(request, limits))
-        answerer = models.find(question.model)
-        call.model, call.stream, call.answers = question.model, bool(question.stream), question.answers()
-        call.images = len(question.image_uris())
-        ticket = engine.enter(answerer, question.answers(), streamed=bool(question.stream))
-        tickets.append(ticket)
-        async with readers:
-            images = await asyncio.to_thread(open_images, question.image_uris(), limits, image_hosts or {})
-            prepared = await asyncio.to_thread(prepare, answerer, question, images, limits)
+        with intake.share() as take:
+            question = parse(await read_body(request, limits, take))
+            answerer = models.find(question.model)
+            call.model, call.stream, call.answers = question.model, bool(question.stream), question.answers()
+            call.images = len(question.image_uris())
+            with_usage = bool(question.stream_options and question.stream_options.include_usage)
+            pictures = Pictures(question.image_uris(), limits, image_hosts or {})
+            ticket = engine.enter(answerer, question.answers(), streamed=bool(question.stream))
+            tickets.append(ticket)
+            async with readers:
+                prepared = await asyncio.to_thread(prepare, answerer, question, pictures, limits)
+            del question, pictures  # not kept in memory while its answer is made
         call.prompt_tokens = len(prepared[0].ids)
         engine.begin(ticket, prepared)
+        del prepared
         news = News(engine, ticket, request, call, limits.max_wait_s)
         created = int(time.time())
-        if question.stream:
+        if call.stream:
             first = await news.next(FIRST_PIECE_S)
-            with_usage = bool(question.stream_options and question.stream_options.include_usage)
             return EventStream(server_sent_events(news, first, created, with_usage), lambda: None)
         choices = await whole_answers(news)
-        return JSONResponse(completion(call.id, created, question.model, choices, usage_of(call)))
+        return JSONResponse(completion(call.id, created, call.model or "", choices, usage_of(call)))
 
     return app
 
@@ -286,7 +324,7 @@ class News:
         """The next piece, or None after ``timeout_s`` of silence. Raises Refused: the model failed, the wait in line
         got too long, or the client left."""
         deadline = time.monotonic() + timeout_s
-        piece: Piece | Exception | None = None
+        piece: Piece | Refused | None = None
         while piece is None:
             now = time.monotonic()
             if now >= self._look_at:
@@ -299,13 +337,13 @@ class News:
                     piece = await self._ticket.news.get()
             except TimeoutError:
                 continue
-        if isinstance(piece, Exception):
-            raise refusal(piece)
+        if isinstance(piece, Refused):
+            raise piece
         # What came in the meantime goes along: a busy server sends fewer, longer pieces.
         while self.size == 1 and not piece.whole and not self._ticket.news.empty():
             further = self._ticket.news.get_nowait()
-            if isinstance(further, Exception):
-                raise refusal(further)
+            if isinstance(further, Refused):
+                raise further
             piece = replace(
                 further, text=piece.text + further.text, logprobs=[*piece.logprobs, *further.logprobs]
             )
@@ -333,13 +371,19 @@ def check_key(headers: Mapping[str, str], api_keys: Sequence[str]) -> None:
     """Raises Refused unless the request carries one of the keys, or none is asked for."""
     if not api_keys:
         return
-    given = headers.get("authorization", "").removeprefix("Bearer ").encode()
-    if not any(secrets.compare_digest(given, key.encode()) for key in api_keys):
+    given = headers.get("authorization", "").removeprefix("Bearer ")
+    # All keys, as digests: neither the length of a key nor which one it is shows in the time that this takes.
+    if sum(secrets.compare_digest(_digest(given), _digest(key)) for key in api_keys) == 0:
         raise Refused(401, "invalid_api_key", "this worker needs an API key: send 'Authorization: Bearer KEY'")
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body of a JSON request. Raises Refused on another content type, and on too many bytes before all are read."""
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+async def read_body(request: Request, limits: Limits, take: Callable[[int], None]) -> bytearray:
+    """The body of a JSON request; ``take`` is told of each piece of it. Raises Refused on another content type, and on
+    too many bytes, of which none are kept."""
     # A page of another site can post text/plain without asking first; it cannot post JSON.
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise Refused(415, "unsupported_media_type", "send JSON with 'Content-Type: application/json'")
@@ -348,17 +392,37 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         f"the request has more than {limits.max_request_mb:g} MB (--max-request-mb): send fewer or smaller pictures",
     )
     announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced) > limits.max_request_bytes:
-        raise too_large
+    size = int(announced) if announced.isdecimal() else 0
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limits.max_request_bytes:
-            raise too_large
-    return bytes(body)
+    if size <= limits.max_request_bytes:
+        async for part in request.stream():
+            take(len(part))
+            body += part
+            size = max(size, len(body))
+            if size > limits.max_request_bytes:
+                break
+        else:
+            return body
+        body.clear()
+    # Most senders read no answer before they have sent all. Those that ask first (curl) are told at once.
+    if "expect" not in request.headers:
+        await _forget_the_rest(request, size, 4 * limits.max_request_bytes)
+    raise too_large
 
 
-def parse(body: bytes) -> ChatRequest:
+async def _forget_the_rest(request: Request, size: int, most: int) -> None:
+    """Read on without keeping anything, while ``size`` is not beyond ``most`` bytes."""
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(DRAIN_S):
+            seen = 0
+            while max(size, seen) <= most:
+                message = await request.receive()
+                seen += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+
+
+def parse(body: bytes | bytearray) -> ChatRequest:
     """The request. Raises Refused that names each field at fault."""
     try:
         return ChatRequest.model_validate_json(body)
@@ -390,28 +454,51 @@ def prepare(
     return [replace(first, seed=seed) for seed in seeds]
 
 
-def open_images(uris: Sequence[str], limits: Limits, hosts: Mapping[str, str | None]) -> list[Image.Image]:
-    """The pictures of a request. Raises Refused on the first that is too large or no picture."""
-    if len(uris) > limits.max_images:
-        raise Refused(
-            413, "too_many_images", f"{len(uris)} pictures in one request; the limit is {limits.max_images}"
-        )
-    images = []
-    for number, uri in enumerate(uris, start=1):
+class Pictures(Sequence[Image.Image]):
+    """The pictures of a request. Each is opened when it is looked at, so that one at a time is in memory; what cannot
+    be opened raises Refused then."""
+
+    def __init__(self, uris: Sequence[str], limits: Limits, hosts: Mapping[str, str | None]) -> None:
+        """Raises Refused if there are too many, or one is of too many bytes."""
+        if len(uris) > limits.max_images:
+            raise Refused(
+                413, "too_many_images", f"{len(uris)} pictures in one request; the limit is {limits.max_images}"
+            )
+        self._uris, self._limits, self._hosts = uris, limits, hosts
+        for number, uri in enumerate(uris, start=1):
+            if uri.startswith("data:"):
+                self._check_size(len(uri.partition(",")[2]) * 3 // 4, number)
+
+    def __len__(self) -> int:
+        return len(self._uris)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Image.Image]: ...
+
+    def __getitem__(self, index: int | slice) -> Image.Image | Sequence[Image.Image]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number, uri = index + 1, self._uris[index]
         try:
-            data = fetch_picture(uri, hosts, limits.max_image_bytes) if not uri.startswith("data:") else uri
-            size = len(uri.partition(",")[2]) * 3 // 4 if isinstance(data, str) else len(data)
-            if size > limits.max_image_bytes:
-                raise ImageTooLarge(
-                    f"it has {size / 1e6:.1f} MB; the limit is {limits.max_image_mb:g} MB (--max-image-mb): send a"
-                    " smaller copy or a region of it"
-                )
-            images.append(load_image(data))
+            if uri.startswith("data:"):
+                return load_image(uri)
+            data = fetch_picture(uri, self._hosts, self._limits.max_image_bytes)
+            return load_image(data)
         except ImageTooLarge as error:
             raise Refused(413, "image_too_large", f"picture {number}: {error}") from None
         except DataError as error:
             raise Refused(400, "invalid_image", f"picture {number}: {error}") from None
-    return images
+
+    def _check_size(self, size: int, number: int) -> None:
+        if size > self._limits.max_image_bytes:
+            raise Refused(
+                413, "image_too_large",
+                f"picture {number}: it has {size / 1e6:.1f} MB; the limit is {self._limits.max_image_mb:g} MB"
+                " (--max-image-mb): send a smaller copy or a region of it",
+            )
 
 
 async def whole_answers(news: News) -> list[dict[str, Any]]:
@@ -444,7 +531,11 @@ async def server_sent_events(news: News, piece: Piece | None, created: int, with
         while True:
             if piece is None:
                 position = news.position()
-                yield f": waiting, {position} in line\n\n" if position else ": still at work\n\n"
+                if position:
+                    # As a comment for people, as a field for programs; a client that knows neither sees no text.
+                    yield f": waiting, {position} in line\n\n{event(delta={'content': ''}, position=position)}"
+                else:
+                    yield ": still at work\n\n"
             else:
                 if piece.text or piece.logprobs:
                     noted = logprobs_of(piece.logprobs) if piece.logprobs else None

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PATIENCE_S = 4.0
+"""How long a request whose pictures are being read holds up those that came later."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -54,7 +57,7 @@ class Ticket:
     shown: list[tuple[int, int]] = field(default_factory=list)
     """Per row: characters and log-probabilities that were sent."""
     cancelled: bool = False
-    news: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
+    news: asyncio.Queue[Piece | Refused] = field(default_factory=asyncio.Queue)
 
     def done(self) -> bool:
         return bool(self.rows) and all(row.finished for row in self.rows)
@@ -152,29 +155,43 @@ class Engine:
 
     def _run(self) -> None:
         while True:
-            with self._wake:
-                self._wake.wait_for(lambda: bool(self._active) or bool(self._next_in_line()))
-                left = [ticket for ticket in self._active if ticket.cancelled]
-                joining = self._next_in_line(freed=sum(ticket.size for ticket in left))
-                self._line = [ticket for ticket in self._line if ticket not in joining]
-                # In this order, so that a request is at each moment in line or active.
-                self._active = [ticket for ticket in self._active if not ticket.cancelled] + joining
-            for ticket in left:
-                self._batches[ticket.answerer].remove(ticket.rows)
-            for answerer in {ticket.answerer: None for ticket in joining}:
-                self._join([ticket for ticket in joining if ticket.answerer is answerer])
-            # Who joins now gets the first token at once and does not wait for the others' next one.
-            self._report()
-            for answerer in {ticket.answerer: None for ticket in self._active}:
-                self._step(answerer)
-            self._report()
+            try:
+                self._round()
+            except Exception as error:  # noqa: BLE001 - a defect must not leave the others waiting for ever
+                self._batches.clear()
+                for ticket in list(self._active):
+                    self._fail(ticket, error)
+
+    def _round(self) -> None:
+        """Wait until there is something to do; let requests leave and join; one token for each answer."""
+        with self._wake:
+            while not (self._active or self._next_in_line()):
+                # With a line, look again soon: one whose pictures take long is passed after a while.
+                self._wake.wait(PATIENCE_S / 4 if self._line else None)
+            left = [ticket for ticket in self._active if ticket.cancelled]
+            joining = self._next_in_line(freed=sum(ticket.size for ticket in left))
+            self._line = [ticket for ticket in self._line if ticket not in joining]
+            # In this order, so that a request is at each moment in line or active.
+            self._active = [ticket for ticket in self._active if not ticket.cancelled] + joining
+        for ticket in left:
+            self._batches[ticket.answerer].remove(ticket.rows)
+        for answerer in {ticket.answerer: None for ticket in joining}:
+            self._join([ticket for ticket in joining if ticket.answerer is answerer])
+        # Who joins now gets the first token at once and does not wait for the others' next one.
+        self._report()
+        for answerer in {ticket.answerer: None for ticket in self._active}:
+            self._step(answerer)
+        self._report()
 
     def _next_in_line(self, freed: int = 0) -> list[Ticket]:
-        """The requests that may join now, by arrival; a later one passes another whose pictures are not read yet."""
+        """The requests that may join now, by arrival. One whose pictures are not read yet holds up those behind it,
+        but not for longer than :data:`PATIENCE_S`."""
         room = self._max_rows - sum(ticket.size for ticket in self._active) + freed
         chosen = []
         for ticket in self._line:
             if ticket.questions is None:
+                if time.monotonic() - ticket.arrived < PATIENCE_S:
+                    break
                 continue
             if ticket.size > room:
                 break
@@ -189,14 +206,17 @@ class Engine:
         for ticket in tickets:
             ticket.called = time.monotonic()
         try:
-            rows = iter(batch.join([question for ticket in tickets for question in ticket.questions or ()]))
+            joined = batch.join([question for ticket in tickets for question in ticket.questions or ()])
         except Exception as error:  # noqa: BLE001 - whatever the model raises is reported to the one who asked
             if len(tickets) == 1:
                 self._fail(tickets[0], error)
-            else:
-                for ticket in tickets:
-                    self._join([ticket])
+                return
+            joined = None
+        if joined is None:  # here, where the failed pass and its memory are gone
+            for ticket in tickets:
+                self._join([ticket])
             return
+        rows = iter(joined)
         for ticket in tickets:
             ticket.rows = list(itertools.islice(rows, ticket.size))
             ticket.shown = [(0, 0)] * ticket.size
@@ -220,7 +240,7 @@ class Engine:
 
     def _report(self) -> None:
         """Send what is new, and let finished requests go."""
-        news: list[tuple[Ticket, Piece | Exception]] = []
+        news: list[tuple[Ticket, Piece | Refused]] = []
         for ticket in list(self._active):
             news += [(ticket, piece) for piece in ticket.pieces()]
             if ticket.done():
@@ -229,14 +249,16 @@ class Engine:
         self._post(news)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
-        if refusal(error).code == "internal_error":
+        fault = refusal(error)
+        if fault.code == "internal_error":
             # Only where, not what: an exception's text may quote the question.
             where = "".join(traceback.format_tb(error.__traceback__))
             logger.error("generation failed with %s\n%s", type(error).__name__, where)
         self._active.remove(ticket)
-        self._post([(ticket, error)])
+        # Not the error itself: its traceback holds the tensors of the pass that failed, which the next one needs.
+        self._post([(ticket, fault)])
 
-    def _post(self, news: Sequence[tuple[Ticket, Piece | Exception]]) -> None:
+    def _post(self, news: Sequence[tuple[Ticket, Piece | Refused]]) -> None:
         """Hand news over to the event loop: at once for all rows, since each handing over takes time from the model."""
 
         def deliver() -> None:

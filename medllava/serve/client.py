@@ -28,13 +28,24 @@ READ_S = 600.0
 
 
 @dataclass(frozen=True)
-class WorkerState:
-    """What a worker says about itself. ``detail`` is for people.
+class Model:
+    """A model of a worker.
 
-    regions: how its model takes regions, see :mod:`medllava.regions`. mpp: micrometres per pixel of its training
-    pictures, None if unknown. image_size: side in pixels of what its encoder sees, None if unknown. Servers of others
-    (vLLM, SGLang) do not say, and are asked with coordinates.
+    regions: how it takes regions, see :mod:`medllava.regions`. mpp: micrometres per pixel of its training pictures,
+    None if unknown. image_size: side in pixels of what its encoder sees, None if unknown. Servers of others (vLLM,
+    SGLang) do not say, and are asked with coordinates.
     """
+
+    name: str
+    regions: tuple[str, ...] = ("text",)
+    mpp: float | None = None
+    image_size: int | None = None
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """What a worker says about itself. ``detail`` is for people; ``models`` is all that it serves, ``model`` first;
+    ``regions``, ``mpp`` and ``image_size`` are those of ``model``."""
 
     url: str
     status: Literal["ready", "loading", "unreachable"]
@@ -44,7 +55,6 @@ class WorkerState:
     mpp: float | None = None
     image_size: int | None = None
     models: tuple[Model, ...] = ()
-    """All that it serves, ``model`` first."""
 
 
 class WorkerLost(ServiceError):
@@ -58,7 +68,6 @@ class Worker:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._http = httpx.AsyncClient(timeout=STATE_S)
         self._models: tuple[Model, ...] = ()
-        self._facts: tuple[str, dict[str, Any]] = ("", {})
         # max_retries=0: a person sees why at once and asks again; the client would try silently.
         self._client = openai.AsyncOpenAI(
             base_url=f"{self.url}/v1", api_key=api_key or "none", max_retries=0,
@@ -77,8 +86,13 @@ class Worker:
             return WorkerState(self.url, "loading", None, f"loading the model, {health.get('seconds', 0):.0f} s so far")
         waiting = health.get("waiting", 0)
         line = f"answering, {waiting} waiting" if waiting else "answering" if health.get("busy") else "ready"
-        known = await self._known(str(model))
-        return WorkerState(self.url, "ready", str(model), line, **known)
+        names = [str(name) for name in health.get("models") or [model]]
+        if [known.name for known in self._models] != names:
+            self._models = await self._known(names)
+        first = self._models[0]
+        return WorkerState(
+            self.url, "ready", str(model), line, first.regions, first.mpp, first.image_size, self._models
+        )
 
     async def _health(self) -> dict[str, Any]:
         """What ``/health`` says; of vLLM and SGLang, which only say there that they are well, the first model."""
@@ -89,27 +103,29 @@ class Worker:
         health: dict[str, Any] = reply.json()
         return health
 
-    async def _known(self, model: str) -> dict[str, Any]:
-        """The fields of WorkerState that ``/v1/models`` says of the model; asked once for each model."""
-        if self._facts[0] == model:
-            return self._facts[1]
+    async def _known(self, names: Sequence[str]) -> tuple[Model, ...]:
+        """The models called ``names``, with what ``/v1/models`` says of them."""
+        told: dict[str, Any] = {}
+        with contextlib.suppress(httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError):
+            told = {entry["id"]: entry.get("medllava") or {} for entry in await self._listed()}
+        models = []
+        for name in names:
+            facts = told.get(name, {})
+            ways = tuple(way for way in facts.get("regions", ()) if way in WAYS)
+            models.append(Model(name, ways or ("text",), facts.get("mpp"), facts.get("image_size")))
+        return tuple(models)
+
+    async def _listed(self) -> list[dict[str, Any]]:
         key = {"Authorization": f"Bearer {self._client.api_key}"}
-        try:
-            listed = (await self._http.get(f"{self.url}/v1/models", headers=key)).json()["data"]
-            told = next(entry for entry in listed if entry["id"] == model).get("medllava") or {}
-            ways = tuple(way for way in told.get("regions", ()) if way in WAYS)
-            known = {"regions": ways or ("text",), "mpp": told.get("mpp"), "image_size": told.get("image_size")}
-        except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
-            return {}
-        self._facts = (model, known)
-        return known
+        entries: list[dict[str, Any]] = (await self._http.get(f"{self.url}/v1/models", headers=key)).json()["data"]
+        return entries
 
     async def ask(
         self, turns: Sequence[Turn], pictures: Mapping[int, str] = MappingProxyType({}), *, model: str | None = None,
         max_new_tokens: int = 256,
     ) -> AsyncIterator[str]:
-        """Stream the answer of ``model`` (by default the worker's first) to ``turns``; ``pictures`` are data URIs by the
-        number of the user turn they come with. Closing the iterator ends the request, on which the worker stops.
+        """Stream the answer of ``model`` (by default the worker's first) to ``turns``; ``pictures`` are data URIs by
+        the number of the user turn they come with. Closing the iterator ends the request, on which the worker stops.
         Raises ServiceError; WorkerLost where another worker might answer."""
         try:
             model = model or await self._model()

@@ -29,7 +29,7 @@ MODULES = {
 }
 """Package name -> the module it is imported as, where the two differ."""
 
-EXTRAS = ("gen", "asr", "redact", "train", "gpu", "serve", "wsi", "eval", "wandb")
+EXTRAS = ("gen", "asr", "redact", "train", "gpu", "serve", "wsi", "eval", "ray", "wandb")
 LEAST_FREE_GB = 10
 
 

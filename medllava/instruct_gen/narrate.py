@@ -21,13 +21,14 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medllava.errors import ConfigError, DataError
-from medllava.jsonl import read_json, read_rows, write_json, write_records
+from medllava.jsonl import atomic_write, read_json, read_rows, to_line, write_json, write_records
 from medllava.processes import end_with_parent
 
 if TYPE_CHECKING:
@@ -60,8 +61,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--videos", type=Path, required=True, help="folder of videos, or one video")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1,
-        help="processes (default: all cores); a video is worked on by one of them",
+        "--workers", type=int, metavar="N",
+        help="videos worked on at once, each by one process (default: as many as there are cores)",
+    )
+    parser.add_argument(
+        "--ray", metavar="ADDRESS",
+        help="share the videos out over a Ray cluster: HOST:PORT of its head, auto for the one on this machine,"
+        " local to start one here; every node must see --videos and --out at the same paths",
     )
     parser.add_argument("--transcripts", type=Path, help="folder of the transcripts (default: beside the videos)")
     parser.add_argument(
@@ -87,7 +93,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from medllava.instruct_gen.narrator import Options
 
-    if args.workers < 1:
+    if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: expected 1 or more")
     if args.transcripts is not None and not args.transcripts.is_dir():
         raise ConfigError(f"--transcripts {args.transcripts}: no such folder")
@@ -107,27 +113,25 @@ def run(args: argparse.Namespace) -> int:
 
         failures = transcribe_missing(videos, args.transcripts, args.out / "transcripts", args.asr)
     usable = [task for task in tasks if task.video.name not in failures]
-    failures = dict(sorted((failures | dict(_work(usable, args.workers))).items()))
+    failures = dict(sorted((failures | _work(usable, args)).items()))
     done = [task for task in tasks if task.video.name not in failures]
     if not done:
         first = next(iter(failures.values()))
         more = f" (and {len(failures) - 1} more, see {args.out / 'failed.jsonl'})" if len(failures) > 1 else ""
         _write_failures(args.out, failures)
         raise DataError(f"no video could be used: {first}{more}")
-    counts = _assemble(args.out, done)
+    counts, no_box, left_out = _assemble(args.out, done)
     _write_failures(args.out, failures)
     print(
         f"{len(done)} of {len(tasks)} videos: {counts['narratives']} narratives,"
         f" {counts['phrases']} phrases, {counts['boxes']} with a box -> {args.out}"
     )
-    left_out = sum((Counter(read_json(task.part)["left_out"]) for task in done), Counter[str]())
     if left_out:
         print("pictures left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.most_common()))
     if counts["same_views"]:
         print(f"{counts['same_views']} narratives show a view that their video showed before (same_view_as)")
-    if len(tasks) == 1 and args.workers > 1:
+    if len(tasks) == 1 and (args.workers or os.cpu_count() or 1) > 1:
         print("one video is worked on by one process; several would be shared out")
-    no_box = sum((Counter(read_json(task.part)["no_box"]) for task in done), Counter[str]())
     if no_box:
         print("without a box: " + ", ".join(f"{count} {reason}" for reason, count in no_box.most_common()))
     write_json(
@@ -162,36 +166,62 @@ def find_videos(where: Path) -> list[Path]:
     return found
 
 
-def _work(tasks: list[Task], workers: int) -> Iterator[tuple[str, str]]:
-    """(video name, reason) of each video that failed, in order of name; results of the others are on disk."""
+def _work(tasks: list[Task], args: argparse.Namespace) -> dict[str, str]:
+    """Why videos failed, by name; results of the others are on disk."""
     from tqdm import tqdm
 
-    reasons: dict[str, str | None] = {}
-    with tqdm(total=len(tasks), desc="narrate", unit="video") as progress:
-        if workers == 1 or len(tasks) == 1:
-            for task in tasks:
-                reasons[task.video.name] = narrate_one(task)
-                progress.update()
-        else:
-            with ProcessPoolExecutor(
-                min(workers, len(tasks)), multiprocessing.get_context("spawn"), end_with_parent, (os.getpid(),)
-            ) as pool:
-                names = {pool.submit(narrate_one, task): task.video.name for task in tasks}
-                try:
-                    for future in as_completed(names):
-                        reasons[names[future]] = future.result()
-                        progress.update()
-                except BrokenProcessPool as error:
-                    raise ConfigError(
-                        f"a worker process was ended from outside (out of memory?); finished videos are kept: run the"
-                        f" same command again with fewer than --workers {workers}"
-                    ) from error
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-    for name, reason in sorted(reasons.items()):
-        if reason is not None:
-            yield name, reason
+    # The largest first: a long one begun last would keep one worker busy while the others wait.
+    sizes = {task: task.video.stat().st_size for task in tasks}
+    tasks = sorted(tasks, key=lambda task: -sizes[task])
+    failures: dict[str, str] = {}
+    with tqdm(
+        total=sum(sizes.values()), desc="narrate", unit="B", unit_scale=True, unit_divisor=1024, smoothing=0.05
+    ) as progress:
+        for done, (task, reason) in enumerate(_results(tasks, args), start=1):
+            if reason is not None:
+                failures[task.video.name] = reason
+            progress.set_postfix_str(f"{done:,} of {len(tasks):,} videos", refresh=False)
+            progress.update(sizes[task])
+    _remove_torn(args.out)
+    return failures
+
+
+def _results(tasks: list[Task], args: argparse.Namespace) -> Iterator[tuple[Task, str | None]]:
+    """What :func:`narrate_one` returned of each task, as they come, from wherever they are worked on."""
+    if args.ray is not None:
+        from medllava.instruct_gen.on_ray import work_on_ray
+
+        yield from work_on_ray(tasks, narrate_one, args.out, args.ray, args.workers)
+        return
+    workers = min(args.workers or os.cpu_count() or 1, len(tasks))
+    if workers <= 1:
+        for task in tasks:
+            yield task, narrate_one(task)
+        return
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), end_with_parent, (os.getpid(),)
+    ) as pool:
+        running = {pool.submit(narrate_one, task): task for task in tasks}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BrokenProcessPool as error:
+            raise ConfigError(
+                f"a worker process was ended from outside (out of memory?); finished videos are kept: run the"
+                f" same command again with fewer than --workers {workers}"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _remove_torn(out: Path) -> None:
+    """Remove what workers that were killed had half written; nobody writes any more."""
+    for folder in (out / "parts", out / "frames"):
+        with suppress(FileNotFoundError), os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") and entry.name.endswith(".part"):
+                    Path(entry).unlink(missing_ok=True)
 
 
 def narrate_one(task: Task) -> str | None:
@@ -217,18 +247,19 @@ def narrate_one(task: Task) -> str | None:
     except DataError as error:
         task.part.unlink(missing_ok=True)
         return str(error)
-    write_json(
-        task.part,
-        {
-            "fingerprint": stamp,
-            "video": result.video.model_dump(mode="json"),
-            "narratives": [record.model_dump(mode="json") for record in result.narratives],
-            "captions": [record.model_dump(mode="json") for record in result.captions],
-            "no_box": result.no_box,
-            "left_out": result.left_out,
-            "warnings": list(result.warnings),
-        },
-    )
+    with atomic_write(task.part) as file:
+        # One line: indented, long traces would take twice the space and ten times as long.
+        file.write(
+            to_line({
+                "fingerprint": stamp,
+                "video": result.video.model_dump(mode="json"),
+                "narratives": [record.model_dump(mode="json") for record in result.narratives],
+                "captions": [record.model_dump(mode="json") for record in result.captions],
+                "no_box": result.no_box,
+                "left_out": result.left_out,
+                "warnings": list(result.warnings),
+            })
+        )
     return None
 
 
@@ -243,25 +274,34 @@ def _is_done(task: Task, stamp: str) -> bool:
         return False
 
 
-def _assemble(out: Path, done: list[Task]) -> dict[str, int]:
-    """Put the videos' results together, in order of name and time."""
+def _assemble(out: Path, done: list[Task]) -> tuple[dict[str, int], Counter[str], Counter[str]]:
+    """Put the videos' results together, in order of name and time; memory holds one video's at a time.
 
-    def rows(key: str) -> Iterator[dict[str, Any]]:
+    Returns counts of what there is, of why phrases have no box and of why pictures were left out.
+    """
+    counts = dict.fromkeys(("narratives", "phrases", "boxes", "warnings", "same_views"), 0)
+    no_box: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    with ExitStack() as stack:
+        narratives, captions, warnings, videos = (
+            stack.enter_context(atomic_write(out / f"{name}.jsonl"))
+            for name in ("narratives", "captions", "warnings", "videos")
+        )
         for task in done:
-            yield from read_json(task.part)[key]
-
-    counts = {"narratives": write_records(out / "narratives.jsonl", rows("narratives")), "phrases": 0, "boxes": 0}
-    write_records(out / "captions.jsonl", rows("captions"))
-    remarks = ((task.video.name, remark) for task in done for remark in read_json(task.part)["warnings"])
-    counts["warnings"] = write_records(
-        out / "warnings.jsonl", ({"video": name, "warning": remark} for name, remark in remarks)
-    )
-    write_records(out / "videos.jsonl", (read_json(task.part)["video"] for task in done))
-    counts["same_views"] = sum(row["same_view_as"] is not None for row in rows("narratives"))
-    for caption in rows("captions"):
-        counts["phrases"] += len(caption["phrases"])
-        counts["boxes"] += sum(phrase["box"] is not None for phrase in caption["phrases"])
-    return counts
+            part = read_json(task.part)
+            narratives.writelines(map(to_line, part["narratives"]))
+            captions.writelines(map(to_line, part["captions"]))
+            warnings.writelines(to_line({"video": task.video.name, "warning": one}) for one in part["warnings"])
+            videos.write(to_line(part["video"]))
+            phrases = [phrase for caption in part["captions"] for phrase in caption["phrases"]]
+            counts["narratives"] += len(part["narratives"])
+            counts["phrases"] += len(phrases)
+            counts["boxes"] += sum(phrase["box"] is not None for phrase in phrases)
+            counts["warnings"] += len(part["warnings"])
+            counts["same_views"] += sum(row["same_view_as"] is not None for row in part["narratives"])
+            no_box.update(part["no_box"])
+            left_out.update(part["left_out"])
+    return counts, no_box, left_out
 
 
 def _write_failures(out: Path, failures: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -191,14 +192,21 @@ def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULT
 
 def fingerprint(options: Options, *files: Path) -> str:
     """Changes when the options, a file or the code of this step does: then the work is done again."""
-    digest = hashlib.sha256(repr(options).encode())
-    for code in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(code.read_bytes())
+    digest = hashlib.sha256((repr(options) + code_digest()).encode())
     for path in files:
         status = path.stat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
         with path.open("rb") as file:
             digest.update(file.read(65536))
+    return digest.hexdigest()
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 of the code of this step, as it was when it was first asked for."""
+    digest = hashlib.sha256()
+    for code in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(code.read_bytes())
     return digest.hexdigest()
 
 

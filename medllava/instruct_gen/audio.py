@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medllava.instruct_gen.records import Utterance
+from medllava.instruct_gen.video import only
 
 STEP_S = 0.05
 """Loudness is measured over spans of this length."""
@@ -31,7 +32,14 @@ SPEECH_QUANTILE = 0.95
 SILENT_SHARE = 0.8
 """An utterance is dropped if this part of its time is silent."""
 
+STRETCH_S = 2.0
+"""Sound is measured in stretches of about this length."""
+
 Levels = npt.NDArray[np.float32]
+Samples = npt.NDArray[np.float32]
+
+Piece = tuple[float, int, Samples]
+"""Start in seconds, samples a second, samples [channels, n]."""
 
 
 def heard(video: Path, utterances: Sequence[Utterance]) -> tuple[tuple[Utterance, ...], tuple[str, ...]]:
@@ -54,27 +62,46 @@ def measure_levels(video: Path) -> tuple[Levels | None, str | None]:
     sums: list[float] = []
     counts: list[int] = []
     try:
-        for start_s, rate, samples in decoded(video):
-            steps = ((start_s + np.arange(samples.shape[1]) / rate) / STEP_S).astype(np.int64)
-            energy = np.mean(np.square(samples, dtype=np.float64), axis=0)
-            if steps[-1] < 0:
+        for start_s, rate, samples in _stretches(decoded(video)):
+            length = samples.shape[1]
+            first, last = (int((start_s + number / rate) // STEP_S) for number in (0, length - 1))
+            if last < 0:
                 continue
-            first = max(0, int(steps[0]))
-            missing = int(steps[-1]) + 1 - len(sums)
+            missing = last + 1 - len(sums)
             sums.extend([0.0] * missing)
             counts.extend([0] * missing)
-            keep = steps >= 0
-            for offset, (total, count) in enumerate(
-                zip(np.bincount(steps[keep] - first, energy[keep]), np.bincount(steps[keep] - first), strict=True)
-            ):
-                sums[first + offset] += float(total)
-                counts[first + offset] += int(count)
+            # The numbers of the samples with which the steps first, first + 1, ... and the one after the last begin.
+            bounds = np.ceil((np.arange(first, last + 2) * STEP_S - start_s) * rate).astype(int).clip(0, length)
+            energy = np.append(np.square(samples).mean(0), np.float32(0))
+            totals = np.add.reduceat(energy, bounds[:-1], dtype=np.float64)
+            for step, total, count in zip(range(first, last + 1), totals.tolist(), np.diff(bounds).tolist(), strict=True):
+                if step >= 0 and count:
+                    sums[step] += total
+                    counts[step] += count
     except (av.error.FFmpegError, ValueError) as error:
         return None, f"the audio track cannot be decoded ({getattr(error, 'strerror', None) or error})"
     if not sums:
         return None, None
     power = np.array(sums) / np.maximum(counts, 1)
     return (10 * np.log10(np.maximum(power, 1e-12))).astype(np.float32), None
+
+
+def _stretches(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """Pieces that follow one another without a gap as one, some seconds long: arithmetic on short ones costs more than
+    their decoding."""
+    held: list[Samples] = []
+    begin_s, held_rate, count = 0.0, 0, 0
+    for start_s, rate, samples in pieces:
+        follows = held and rate == held_rate and len(samples) == len(held[0])
+        if held and (not follows or count >= rate * STRETCH_S or abs(begin_s + count / rate - start_s) > 0.1 * STEP_S):
+            yield begin_s, held_rate, np.concatenate(held, axis=1)
+            held.clear()
+        if not held:
+            begin_s, held_rate, count = start_s, rate, 0
+        held.append(samples)
+        count += samples.shape[1]
+    if held:
+        yield begin_s, held_rate, np.concatenate(held, axis=1)
 
 
 def silence_below(levels: Levels) -> float:
@@ -85,7 +112,7 @@ def silence_below(levels: Levels) -> float:
     return max(FLOOR_DB, float(np.quantile(audible, SPEECH_QUANTILE)) - BELOW_SPEECH_DB)
 
 
-def decoded(video: Path, rate: int | None = None) -> Iterator[tuple[float, int, npt.NDArray[np.float32]]]:
+def decoded(video: Path, rate: int | None = None) -> Iterator[Piece]:
     """(start in seconds from the video's start, samples a second, samples [channels, n] in -1..1), piece by piece;
     mono at ``rate`` if one is asked for. Nothing without an audio track. Raises FFmpegError where decoding fails."""
     with av.open(str(video), metadata_errors="ignore") as container:
@@ -93,11 +120,17 @@ def decoded(video: Path, rate: int | None = None) -> Iterator[tuple[float, int, 
             return
         stream = container.streams.audio[0]
         begin_s = (container.start_time or 0) / av.time_base
+        only(container, stream)
         resampler = av.AudioResampler(format="fltp", layout="mono" if rate else None, rate=rate)
         next_s = 0.0
         for frame in container.decode(stream):
             start_s = frame.time - begin_s if frame.time is not None else next_s
             next_s = start_s + frame.samples / frame.sample_rate
+            if rate is None and frame.format.name == "fltp":
+                yield start_s, frame.sample_rate, np.stack(
+                    [np.frombuffer(plane, np.float32, frame.samples) for plane in frame.planes]
+                )
+                continue
             frame.pts = None
             for piece in _resampled(resampler, frame):
                 yield start_s, piece.sample_rate, piece.to_ndarray()

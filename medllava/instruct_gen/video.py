@@ -165,6 +165,8 @@ class VideoReader:
         with self._open() as container:
             stream = self._stream(container)
             stream.codec_context.skip_frame = skip
+            only(container, stream)
+            tick_s = float(stream.time_base)
             start_s = (container.start_time or 0) / av.time_base
             last_s = newest_s = 0.0
             try:
@@ -172,7 +174,7 @@ class VideoReader:
                     if packet.is_corrupt:
                         raise DataError(f"{self.path}: the file is damaged after {newest_s:.1f} s")
                     if packet.pts is not None:
-                        newest_s = max(newest_s, float(packet.pts * packet.time_base) - start_s)
+                        newest_s = max(newest_s, packet.pts * tick_s - start_s)
                     for frame in packet.decode():
                         time_s = frame.time - start_s if frame.time is not None else last_s + 1 / self.video.fps
                         last_s = max(time_s, last_s)
@@ -217,6 +219,13 @@ class VideoReader:
             self._turned(_shrunk(v, width // 2, height // 2, square and self.reduction == 1)),
             source,
         )
+
+
+def only(container: Any, wanted: Any) -> None:
+    """Let the container read the packets of no other stream than ``wanted``."""
+    for stream in container.streams:
+        if stream.index != wanted.index:
+            stream.discard = av.stream.Discard.all
 
 
 def planes(source: av.VideoFrame) -> tuple[Plane, Plane, Plane]:

@@ -171,7 +171,7 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
             yield messages(session), gr.skip(), gr.skip(), text
             return
         exchange.state = "done"
-        boxes = exchange.boxes()
+        boxes = [place.box for place in exchange.places()]
         # In a thread: on a large picture this takes a second, in which the other pages would stand still.
         drawn = await asyncio.to_thread(drawn_answer, picture, boxes) if isinstance(picture, Picture) else ""
         yield messages(session), gr.HTML(boxes=[list(box.as_tuple()) for box in boxes]), drawn, gr.skip()

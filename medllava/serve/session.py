@@ -15,10 +15,12 @@ from typing import Any, Literal, Protocol
 
 from PIL import Image
 
+from medllava import regions
 from medllava.conversation import Turn
-from medllava.geometry import Box, Point, clipped_box, parse_boxes
+from medllava.errors import DataError
+from medllava.geometry import Box, Point, clipped_box
 from medllava.images import load_image, to_data_uri
-from medllava.regions import with_region
+from medllava.serve.phrases import colour_of, different, phrases_of
 
 SENT_SIDE = 2048
 """Longest side in pixels of the picture that is shown and sent; a larger original is shrunk to it. Boxes are fractions,
@@ -35,6 +37,43 @@ class Region:
     box: Box
     point: Point | None = None
     path: tuple[tuple[float, float], ...] = ()
+
+    @classmethod
+    def of_point(cls, x: float, y: float) -> Region:
+        point = Point(x=x, y=y)
+        return cls(regions.around(point), point)
+
+    def within(self, frame: Box) -> regions.Region | None:
+        """The region as the model is asked about it, in 0..1 of ``frame``; None if it lies outside."""
+        box = into_frame(self.box, frame)
+        if box is None:
+            return None
+        width, height = frame.x2 - frame.x1, frame.y2 - frame.y1
+
+        def place(x: float, y: float) -> Point:
+            return Point(x=_fraction((x - frame.x1) / width), y=_fraction((y - frame.y1) / height))
+
+        if self.point is not None:
+            return place(self.point.x, self.point.y)
+        return tuple(place(x, y) for x, y in self.path) or box
+
+
+@dataclass(frozen=True)
+class NamedRegion:
+    """A region that was read from a file, to choose from. ``colour``: ``#rrggbb``."""
+
+    region: Region
+    name: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place that an answer names, in 0..1 of the whole picture."""
+
+    label: str
+    box: Box
+    colour: str
 
 
 @dataclass(frozen=True)
@@ -78,25 +117,42 @@ class Picture:
 class Exchange:
     """One question and its answer. ``picture`` is a place in the session's list, None for a question without one.
 
-    ``typed`` is what the person wrote, ``asked`` the same with the region written into it, as the model reads it: boxes
-    there and in ``answer`` are in 0..1 of ``sight.frame``.
+    ``typed`` is what the person wrote, ``asked`` what the model reads: with the region written into it, or with ``uri``
+    a picture on which the region is marked. Boxes there and in ``answer`` are in 0..1 of ``sight.frame``.
     """
 
     picture: int | None
     typed: str
     region: Region | None
     sight: Sight | None
-    asked: str
+    asked: str = ""
+    uri: str | None = None
     answer: str = ""
     state: Literal["answering", "done", "stopped", "failed"] = "answering"
     note: str = ""
     """What a person should know of how the answer came about: stopped, failed, moved to another worker."""
     model: str = ""
+    vote: Literal["up", "down"] | None = None
 
-    def boxes(self) -> list[Box]:
-        """The boxes of the answer, in 0..1 of the whole picture."""
-        frame = self.sight.frame if self.sight else WHOLE
-        return [out_of_frame(box, frame) for box in parse_boxes(self.answer)]
+    def address(self, ways: Sequence[str]) -> None:
+        """Put the question as a model is asked that takes regions in these ways, see :mod:`medllava.regions`."""
+        region = self.region.within(self.sight.frame) if self.region and self.sight else None
+        self.asked = regions.with_region(self.typed, region)
+        self.uri = self.sight.uri if self.sight else None
+        if self.sight and regions.way_of(ways) == "mark":
+            # The picture is decoded only where it is drawn upon.
+            image = load_image(self.sight.uri)
+            marked, self.asked = regions.asked(image, self.typed, region, ways)
+            self.uri = self.sight.uri if marked is image or marked is None else to_data_uri(marked)
+
+    def places(self) -> list[Place]:
+        """The different places of the answer, by number, on the whole picture. Without a picture there are none."""
+        if self.sight is None:
+            return []
+        return [
+            Place(phrase.label, out_of_frame(phrase.box, self.sight.frame), colour_of(phrase.index))
+            for phrase in different(phrases_of(self.answer))
+        ]
 
 
 @dataclass(eq=False)
@@ -106,6 +162,8 @@ class Session:
     pictures: list[Source] = field(default_factory=list)
     shown: int | None = None
     exchanges: list[Exchange] = field(default_factory=list)
+    loaded: dict[int, list[NamedRegion]] = field(default_factory=dict)
+    """Regions read from files, by the place of their picture."""
 
     @property
     def answering(self) -> bool:
@@ -123,8 +181,8 @@ class Session:
         """Append a question about the shown picture, to be answered."""
         picture = self.picture()
         sight = picture.sight(region.box if region else None, view) if picture else None
-        box = into_frame(region.box, sight.frame) if region and sight else None
-        exchange = Exchange(self.shown, typed.strip(), region, sight, with_region(typed, box))
+        exchange = Exchange(self.shown, typed.strip(), region, sight)
+        exchange.address(("text",))
         self.exchanges.append(exchange)
         return exchange
 
@@ -133,18 +191,29 @@ class Session:
         if self.answering:
             self.exchanges[-1].state = "stopped"
 
+    def again(self, number: int, typed: str | None = None) -> Exchange:
+        """Ask question ``number`` once more, or ``typed`` in its place; it and what came after it are dropped."""
+        before = self.cut(number)
+        wanted = before.typed if typed is None else typed.strip()
+        exchange = Exchange(before.picture, wanted, before.region, before.sight)
+        exchange.address(("text",))
+        self.exchanges.append(exchange)
+        self.shown = self.shown if before.picture is None else before.picture
+        return exchange
+
     def cut(self, number: int) -> Exchange:
         """Drop exchange ``number`` and all after it. Returns that one; raises IndexError if there is none."""
-        exchange = self.exchanges[number]
+        if not 0 <= number < len(self.exchanges):
+            raise IndexError(f"there are {len(self.exchanges)} questions")
+        self.stop()
         # A new list: an answer that is just being stopped ends in the old one.
-        self.exchanges = self.exchanges[: self.exchanges.index(exchange)]
-        exchange.state = "stopped" if exchange.state == "answering" else exchange.state
-        return exchange
+        self.exchanges, dropped = self.exchanges[:number], self.exchanges[number]
+        return dropped
 
     def forget(self) -> None:
         """A new conversation: no pictures, no exchanges."""
         self.stop()
-        self.pictures, self.shown, self.exchanges = [], None, []
+        self.pictures, self.shown, self.exchanges, self.loaded = [], None, [], {}
 
     def prompt(self, exchange: Exchange) -> tuple[list[Turn], dict[int, str]]:
         """The turns up to ``exchange``'s question, and by turn the picture that comes with it: each where it first
@@ -155,8 +224,8 @@ class Session:
         for one in self.exchanges[: self.exchanges.index(exchange) + 1]:
             if one is not exchange and not one.answer:
                 continue
-            if one.sight and one.sight.uri != last:
-                pictures[len(turns)] = last = one.sight.uri
+            if one.uri and one.uri != last:
+                pictures[len(turns)] = last = one.uri
             turns.append(Turn(role="user", text=one.asked))
             if one is not exchange:
                 turns.append(Turn(role="assistant", text=one.answer))
@@ -164,7 +233,9 @@ class Session:
 
 
 def open_picture(source: str | Path) -> Picture:
-    """Open a data URI or an example file. Raises DataError."""
+    """Open a data URI, or a file that the operator named: only a Path is one. Raises DataError."""
+    if isinstance(source, str) and not source.startswith("data:"):
+        raise DataError("a picture comes as a data URI; this server opens no file for a browser")
     image = load_image(source)
     sent = image
     if max(image.size) > SENT_SIDE:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from medllava.geometry import Box
+from medllava.images import BOX_COLOURS, load_image, to_data_uri
+from medllava.regions import draw_mark
 from medllava.serve.session import Picture, Region, Session, Sight, open_picture, region_of, view_of
 
 BOX = Box(x1=0.1, y1=0.2, x2=0.4, y2=0.6)
@@ -60,9 +63,37 @@ def test_cutting_returns_the_question_and_ends_its_answer() -> None:
     assert session.answering
     kept = session.exchanges
     assert session.cut(1) is running
-    assert (len(session.exchanges), len(kept), running.state, session.answering) == (1, 2, "stopped", False)
-    with pytest.raises(IndexError):
-        session.cut(1)
+    assert running.state == "stopped"
+    assert (len(session.exchanges), len(kept), session.answering) == (1, 2, False)
+    for number in (1, -1):
+        with pytest.raises(IndexError, match="there are 1 questions"):
+            session.cut(number)
+
+
+def test_asking_again_keeps_picture_and_region() -> None:
+    session = Session()
+    session.open(picture("a"))
+    answered(session, "What is in this region?", "A gland.", Region(BOX))
+    session.open(picture("b"))
+    answered(session, "And here?", "A vessel.")
+    edited = session.again(0, "Is this box a gland?")
+    assert (edited.asked, edited.uri, session.shown) == ("Is the box [0.10, 0.20, 0.40, 0.60] a gland?", "data:a", 0)
+    assert session.exchanges == [edited]
+    assert session.again(0).typed == "Is this box a gland?"
+
+
+def test_a_model_that_knows_marks_gets_the_region_drawn() -> None:
+    session = Session()
+    image = Image.new("RGB", (200, 100), "white")
+    session.open(Picture(image, to_data_uri(image)))
+    exchange = session.ask("What is in this region?", Region(BOX))
+    exchange.address(("mark",))
+    assert exchange.asked == "What is in the region marked in red?"
+    assert exchange.uri is not None and exchange.sight is not None and exchange.uri != exchange.sight.uri
+    assert np.array_equal(load_image(exchange.uri), draw_mark(image, BOX))
+    assert session.prompt(exchange)[1] == {0: exchange.uri}
+    exchange.address(("text", "mark"))
+    assert (exchange.asked, exchange.uri) == ("What is in the region [0.10, 0.20, 0.40, 0.60]?", exchange.sight.uri)
 
 
 def test_an_answer_that_ends_late_does_not_enter_the_next_conversation() -> None:
@@ -90,7 +121,9 @@ def test_boxes_of_a_part_of_the_picture() -> None:
     exchange = session.ask("This box?", marked, view)
     assert exchange.asked == "The box [0.20, 0.25, 0.40, 0.50]?"
     exchange.answer = "A gland [0.20, 0.00, 1.00, 0.50]."
-    assert exchange.boxes()[0].as_tuple() == pytest.approx((0.6, 0.5, 1.0, 0.6))
+    (place,) = exchange.places()
+    assert (place.label, place.colour) == ("A gland", BOX_COLOURS[0])
+    assert place.box.as_tuple() == pytest.approx((0.6, 0.5, 1.0, 0.6))
 
 
 def test_regions_from_the_page() -> None:

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from medllava.errors import ConfigError, DataError, MedllavaError, MissingExtraError, ServiceError
+from medllava.errors import ConfigError, DataError, MedllavaError
 from medllava.eval.records import Answer, Condition, Failure, Question
 from medllava.eval.rotation import applies, as_asked
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from medllava.eval.benchmarks import Benchmark
-    from medllava.eval.pictures import Pictures
+    from medllava.eval.models import Asked, Model, Reply
+    from medllava.eval.pictures import Pictures, Shown
 
 HELP = "ask a model (a folder or a server) every question, with and without the picture"
 
@@ -35,18 +35,11 @@ log = logging.getLogger(__name__)
 MOST_TOLD = 5
 """Failures told one by one; all of them are in failed.jsonl."""
 
+_SIMILAR = 32
+"""Prompts of one batch differ in length by hardly more characters than this."""
 
-@dataclass(frozen=True)
-class Reply:
-    """What a model said; ``finish_reason`` is "length" if it was cut off."""
-
-    text: str
-    finish_reason: str
-
-
-Ask = Callable[[Sequence[tuple["Image.Image | None", str]]], Sequence["Reply | MedllavaError"]]
-"""(picture or None, prompt) for each question of a batch -> for each, a reply or why there is none. May also raise
-DataError or ConfigError for the whole batch, which is then asked one by one."""
+AHEAD = 3
+"""Batches whose pictures are opened while the model answers."""
 
 Job = tuple[Question, Condition]
 
@@ -57,7 +50,7 @@ NOT_ASKED = {"questions", "images", "files", "request", "harness", "rows"}
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benchmark", required=True, help="name in eval/benchmarks, or path of a YAML definition")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model-path", type=Path, help="checkpoint folder, loaded here")
+    source.add_argument("--model-path", help="checkpoint folder or hub id, loaded here")
     source.add_argument("--base-url", help="OpenAI-compatible server, for example http://127.0.0.1:8000/v1")
     parser.add_argument("--model", help="model name at the server (default: the first it lists)")
     parser.add_argument("--api-key-file", type=Path, help="file with the server's key (default: OPENAI_API_KEY)")
@@ -66,13 +59,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="which split, where the data holds several (default: the definition's)")
     parser.add_argument("--group-pattern", help="regular expression: its first group in a picture's name is the case")
     parser.add_argument("--out", type=Path, required=True, help="folder for the answers")
-    parser.add_argument("--batch", type=int, default=8, help="questions at once (at a server: in parallel); default 8")
+    parser.add_argument("--batch", type=int, default=16, help="questions at once (at a server, in parallel); 16")
+    parser.add_argument(
+        "--logprobs", action="store_true",
+        help="ask a server for log-probabilities, too, for the report's calibration (a folder tells them anyway)",
+    )
     parser.add_argument("--limit", type=int, help="only the first N questions")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from medllava.eval import provenance
+    from medllava.eval import models, provenance
     from medllava.eval.benchmarks import kinds_told, load_benchmark, questions_hash, read_question_set
     from medllava.eval.pictures import Pictures
     from medllava.jsonl import write_records
@@ -95,15 +92,15 @@ def run(arguments: argparse.Namespace) -> int:
     _tell_missing(pictures, questions, images)
     questions = questions[: arguments.limit]
     if arguments.model_path:
-        ask, model, details = _local(arguments.model_path, arguments.device, benchmark.max_new_tokens)
+        model = models.open_local(arguments.model_path, arguments.device, benchmark.max_new_tokens)
     else:
-        ask, model, details = _server(arguments, benchmark.max_new_tokens)
+        model = models.open_server(arguments, benchmark.max_new_tokens)
     provenance.start_run(
         arguments.out,
         {
             "benchmark": benchmark.model_dump(mode="json", exclude=NOT_ASKED),
-            "model": model,
-            **details,
+            "model": model.name,
+            **model.made,
             "questions_sha256": questions_hash(questions),
             "data": found.told,
             "images_sha256": pictures.sha256(),
@@ -117,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_records(arguments.out / "questions.jsonl", questions)
     # A server gets some batches at once, so that one slow answer does not hold up the others.
     size = arguments.batch * (1 if arguments.model_path else 4)
-    failed = answer_all(questions, benchmark, pictures, ask, model, arguments.out, batch=size)
+    failed = answer_all(questions, benchmark, pictures, model, arguments.out, batch=size)
     used = [name for name in benchmark.conditions if any(applies(question, name) for question in questions)]
     print(f"{arguments.out / 'answers.jsonl'}: {len(questions)} questions, {len(used)} conditions")
     if failed:
@@ -139,19 +136,20 @@ def answer_all(
     questions: Sequence[Question],
     benchmark: Benchmark,
     pictures: Pictures,
-    ask: Ask,
-    model: str,
+    model: Model,
     out: Path,
     *,
-    batch: int = 8,
+    batch: int = 16,
 ) -> int:
     """Ask what ``out/answers.jsonl`` does not have yet and append it; returns how many could not be asked.
 
-    Batches hold questions of one condition and of similar length, and are the same in every run, so that a resumed
-    run computes what an uninterrupted one does. Raises DataError if no question could be asked on its own picture.
+    Batches hold questions of one condition, one kind and similar length, and are the same in every run, so that a
+    resumed run computes what an uninterrupted one does. Raises DataError if no question could be asked on its own
+    picture.
     """
     from tqdm import tqdm
 
+    from medllava.eval.pictures import Shown
     from medllava.jsonl import Appender, read_records
 
     path = out / "answers.jsonl"
@@ -167,8 +165,8 @@ def answer_all(
         tqdm(total=sum(map(len, batches)), desc="answers", unit="", mininterval=0.5) as progress,
     ):
         progress.update(sum(map(len, batches)) - sum(map(len, pending)))
-        for jobs in pending:
-            for result in _answer(jobs, benchmark, pictures, ask, model):
+        for jobs, ready in _opened(pending, benchmark, Shown(pictures, model.picture)):
+            for result in _answer(jobs, ready, model):
                 if isinstance(result, Failure):
                     if len(lost) < MOST_TOLD:
                         log.warning("question %s (%s): %s", result.question_id, result.condition, result.reason)
@@ -185,120 +183,69 @@ def answer_all(
 
 
 def _batches(questions: Sequence[Question], benchmark: Benchmark, size: int) -> list[list[Job]]:
+    """Answers of one kind are about equally long, so that few rows wait for the longest; among prompts of similar
+    length, those about one picture stand together, which is then encoded once."""
     found = []
     for condition in benchmark.conditions:
         jobs: list[Job] = [(question, condition) for question in questions if applies(question, condition)]
-        jobs.sort(key=lambda job: (job[0].image is None, len(benchmark.prompt(job[0]))))
+        jobs.sort(key=lambda job: _order(job[0], len(benchmark.prompt(job[0]))))
         found += [jobs[start : start + size] for start in range(0, len(jobs), size)]
     return found
 
 
-def _answer(
-    jobs: Iterable[Job], benchmark: Benchmark, pictures: Pictures, ask: Ask, model: str
-) -> list[Answer | Failure]:
-    results: list[Answer | Failure] = []
-    ready: list[tuple[Job, Image.Image | None]] = []
-    for job in jobs:
+def _order(question: Question, length: int) -> tuple[bool, str, int, str, int]:
+    return question.image is None, question.kind, length // _SIMILAR, question.image or "", length
+
+
+def _opened(
+    batches: Sequence[list[Job]], benchmark: Benchmark, shown: Shown
+) -> Iterator[tuple[list[Job], list[Asked | DataError]]]:
+    """Each batch with what the model is given for it, opened by a thread of its own some batches ahead."""
+    from medllava.eval.models import Asked, beginnings
+
+    def opened(jobs: list[Job]) -> list[Asked | DataError]:
+        found: list[Asked | DataError] = []
+        for question, condition in jobs:
+            asked = as_asked(question, condition)
+            try:
+                found.append(Asked(shown.of(question, condition), benchmark.prompt(asked), beginnings(asked)))
+            except DataError as error:
+                found.append(error)
+        return found
+
+    waiting: deque[tuple[list[Job], Future[list[Asked | DataError]]]] = deque()
+    with ThreadPoolExecutor(1, "pictures") as thread:
         try:
-            ready.append((job, pictures.show(*job)))
-        except DataError as error:
-            results.append(Failure(question_id=job[0].id, condition=job[1], reason=str(error)))
-    replies = _ask([(image, benchmark.prompt(as_asked(*job))) for job, image in ready], ask)
-    for ((question, condition), _), reply in zip(ready, replies, strict=True):
+            for jobs in batches:
+                waiting.append((jobs, thread.submit(opened, jobs)))
+                if len(waiting) > AHEAD:
+                    first, ready = waiting.popleft()
+                    yield first, ready.result()
+            for jobs, ready in waiting:
+                yield jobs, ready.result()
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _answer(jobs: Sequence[Job], ready: Sequence[Asked | DataError], model: Model) -> list[Answer | Failure]:
+    replies = iter(_ask([asked for asked in ready if not isinstance(asked, DataError)], model))
+    results: list[Answer | Failure] = []
+    for (question, condition), asked in zip(jobs, ready, strict=True):
+        reply = asked if isinstance(asked, DataError) else next(replies)
         if isinstance(reply, MedllavaError):
             results.append(Failure(question_id=question.id, condition=condition, reason=str(reply)))
         else:
-            results.append(
-                Answer(
-                    question_id=question.id, condition=condition, model=model, text=reply.text,
-                    finish_reason=reply.finish_reason,
-                )
-            )
+            results.append(Answer(question_id=question.id, condition=condition, model=model.name, **vars(reply)))
     return results
 
 
-def _ask(prompts: list[tuple[Image.Image | None, str]], ask: Ask) -> list[Reply | MedllavaError]:
+def _ask(batch: Sequence[Asked], model: Model) -> list[Reply | MedllavaError]:
     """Ask a batch; if it is refused as a whole, ask one by one, so that only the refused questions are lost."""
-    if not prompts:
+    if not batch:
         return []
     try:
-        return list(ask(prompts))
+        return list(model.ask(batch))
     except (DataError, ConfigError) as error:
-        if len(prompts) == 1:
+        if len(batch) == 1:
             return [error]
-        return [reply for prompt in prompts for reply in _ask([prompt], ask)]
-
-
-def _local(path: Path, device: str | None, max_new_tokens: int) -> tuple[Ask, str, dict[str, Any]]:
-    """A checkpoint folder loaded in this process."""
-    from medllava.conversation import IMAGE_TAG, Turn
-    from medllava.eval.provenance import folder_hash
-    from medllava.model.answerer import Answerer
-
-    answerer = Answerer.load(path, device=device)
-
-    def ask(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply]:
-        asked = [
-            ([image] if image else [], [Turn(role="user", text=f"{IMAGE_TAG}\n{prompt}" if image else prompt)])
-            for image, prompt in batch
-        ]
-        completions = answerer.answer_batch(asked, max_new_tokens=max_new_tokens, temperature=0.0)
-        return [Reply(completion.text, completion.finish_reason) for completion in completions]
-
-    manifest = answerer.manifest.model_dump(mode="json")
-    return ask, answerer.model_id, {"model_sha256": folder_hash(path), "manifest": manifest}
-
-
-def _server(arguments: argparse.Namespace, max_new_tokens: int) -> tuple[Ask, str, dict[str, Any]]:
-    """An OpenAI-compatible server. Faults of key, address or model stop the run; a refused question does not."""
-    try:
-        import openai
-    except ImportError as error:
-        raise MissingExtraError("openai", "eval", error) from error
-    import asyncio
-
-    from medllava.llm.base import RefusedError, Request, Sampling, UnansweredError
-    from medllava.llm.openai_api import OpenAIModel, is_loopback, resolve_api_key, resolve_base_url
-
-    url = resolve_base_url(arguments.base_url)
-    key = resolve_api_key(url, arguments.api_key_file)
-    server = OpenAIModel(url, key, concurrency=arguments.batch, timeout_s=600)
-    loop = asyncio.Runner()
-    name = arguments.model
-    if name is None:
-        http = openai.DefaultHttpxClient(trust_env=not is_loopback(url))
-        try:
-            name = openai.OpenAI(base_url=url, api_key=key, http_client=http).models.list().data[0].id
-        except (openai.APIError, IndexError) as error:
-            raise ServiceError(f"{url}: no list of models ({error}); check that it runs, or give --model") from error
-    sampling = Sampling(temperature=0.0, max_tokens=max_new_tokens)
-
-    async def ask_one(image: Image.Image | None, prompt: str) -> Reply | MedllavaError:
-        request = Request(model=name, messages=(_message(image, prompt),), sampling=sampling)
-        try:
-            reply = await server.ask(request)
-        except (RefusedError, UnansweredError) as error:
-            return error
-        return Reply(reply.text, reply.finish_reason)
-
-    async def ask_all(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply | MedllavaError]:
-        return await asyncio.gather(*(ask_one(image, prompt) for image, prompt in batch))
-
-    def ask(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply | MedllavaError]:
-        replies = loop.run(ask_all(batch))
-        lost = [reply for reply in replies if isinstance(reply, UnansweredError)]
-        if len(lost) == len(replies):
-            raise ServiceError(f"{lost[0]}; run the same command again to go on")
-        return replies
-
-    return ask, name, {"model_sha256": None, "base_url": url}
-
-
-def _message(image: Image.Image | None, prompt: str) -> dict[str, Any]:
-    """One user message in OpenAI form; the picture comes first, as in training."""
-    from medllava.images import to_data_uri
-
-    if image is None:
-        return {"role": "user", "content": prompt}
-    picture = {"type": "image_url", "image_url": {"url": to_data_uri(image)}}
-    return {"role": "user", "content": [picture, {"type": "text", "text": prompt}]}
+        return [reply for asked in batch for reply in _ask([asked], model)]

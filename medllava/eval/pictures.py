@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,6 +18,8 @@ from medllava.eval.records import Condition, Question
 from medllava.images import load_image
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp"}
+KEPT_BYTES = 256 << 20
+"""Memory for what was made of pictures and may be asked about again."""
 
 
 class Pictures:
@@ -25,7 +29,12 @@ class Pictures:
         self.folder = folder
         self.seed = seed
         # Sorted and without repeats, so that neither the order of the file nor a popular picture changes the choice.
-        self._by_group = sorted({(question.group, question.image) for question in questions if question.image})
+        self._by_group = sorted({(each.group, each.image) for each in questions if each.image})
+        self._places: dict[tuple[str, str], list[int]] = {}
+        for place, (group, image) in enumerate(self._by_group):
+            self._places.setdefault(("group", group), []).append(place)
+            self._places.setdefault(("image", image), []).append(place)
+        self._sizes: dict[str, tuple[int, int]] = {}
 
     def path(self, image: str) -> Path:
         """Where a picture is. One that is not at its name is looked for by its bare name, with any ending if it has
@@ -55,21 +64,41 @@ class Pictures:
         if question.image is None or condition == "no_image":
             return None
         if condition == "mismatched":
-            return load_image(self.path(self._other(question)))
-        picture = load_image(self.path(question.image))
+            return self._load(self._other(question))
         if condition == "blank":
-            return Image.new("RGB", picture.size, "white")
+            return Image.new("RGB", self._size(question.image), "white")
         if condition == "noise":
             generator = np.random.default_rng(self._number(question))
-            shape = (picture.height, picture.width, 3)
-            return Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8))
+            width, height = self._size(question.image)
+            return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        return self._load(question.image)
+
+    def key(self, question: Question, condition: Condition) -> str | None:
+        """A name for what is shown, the same for all questions that are shown the same; None if only this one is."""
+        if question.image is None or condition in {"no_image", "noise"}:
+            return None
+        if condition == "blank":
+            return f"blank {self._size(question.image)}"
+        return f"file {self._other(question) if condition == 'mismatched' else question.image}"
+
+    def _load(self, image: str) -> Image.Image:
+        picture = load_image(self.path(image))
+        self._sizes[image] = picture.size
         return picture
 
+    def _size(self, image: str) -> tuple[int, int]:
+        return self._sizes.get(image) or self._load(image).size
+
     def _other(self, question: Question) -> str:
-        others = [image for group, image in self._by_group if group != question.group and image != question.image]
-        if not others:
+        """A picture of another group, by a number of the question's own."""
+        own = {*self._places.get(("group", question.group), ()), *self._places.get(("image", str(question.image)), ())}
+        count = len(self._by_group) - len(own)
+        if not count:
             raise DataError(f"question {question.id}: no picture from another group to mismatch it with")
-        return str(random.Random(self._number(question)).choice(others))
+        chosen = random.Random(self._number(question)).choice(range(count))
+        for place in sorted(own):  # the chosen one of those that are not its own
+            chosen += place <= chosen
+        return self._by_group[chosen][1]
 
     def _number(self, question: Question) -> int:
         """A random seed of the question's own, so that leaving out other questions does not change it."""
@@ -83,3 +112,36 @@ class Pictures:
             if self.path(image).is_file():
                 digest.update(hashlib.sha256(self.path(image).read_bytes()).digest())
         return digest.hexdigest()
+
+
+class Shown:
+    """What a model is sent for the picture of a question (``make`` makes it: pixels, a data URI), made once for all
+    questions about the picture as long as memory lasts."""
+
+    def __init__(self, pictures: Pictures, make: Callable[[Image.Image], Any], most_bytes: int = KEPT_BYTES) -> None:
+        self._pictures, self._make, self._room = pictures, make, most_bytes
+        self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+
+    def of(self, question: Question, condition: Condition) -> Any:
+        """None for a question asked as text alone. Raises DataError if the picture cannot be opened."""
+        key = self._pictures.key(question, condition)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+        picture = self._pictures.show(question, condition)
+        if picture is None:
+            return None
+        made = self._make(picture)
+        if key is not None:
+            size = _bytes(made)
+            self._kept[key] = made, size
+            self._room -= size
+            while self._room < 0:
+                self._room += self._kept.popitem(last=False)[1][1]
+        return made
+
+
+def _bytes(made: Any) -> int:
+    if isinstance(made, Image.Image):
+        return made.width * made.height * len(made.getbands())
+    return int(made.nbytes) if hasattr(made, "nbytes") else len(made)

@@ -39,14 +39,23 @@ Condition = Literal[
 lettered options moved on by so many places."""
 
 
+def _absent(value: object) -> bool:
+    return value is None
+
+
 class Answer(_Record):
-    """A model's reply. ``condition`` is the picture it saw: real, or one of the ablations."""
+    """A model's reply. ``condition`` is the picture it saw: real, or one of the ablations. Where the model tells:
+    ``logprob`` is the log-probability of the whole text, of ``tokens`` tokens, and ``options`` the probability that the
+    reply begins with each legal answer of a closed question."""
 
     question_id: str
     condition: Condition = "real"
     text: str
     finish_reason: str = "stop"
     model: str
+    logprob: float | None = Field(default=None, exclude_if=_absent)
+    tokens: int | None = Field(default=None, exclude_if=_absent)
+    options: dict[str, float] | None = Field(default=None, exclude_if=_absent)
 
 
 class Failure(_Record):
@@ -96,6 +105,26 @@ class Metric(_Record):
     unscored: int = 0
 
 
+class Bin(_Record):
+    """The ``n`` answers whose probability, as the model says, lies from ``low`` to ``high``: their mean probability,
+    and the share of them that is right, with its 95 % interval."""
+
+    low: float
+    high: float
+    n: int
+    confidence: float
+    right: Metric
+
+
+class Calibration(_Record):
+    """How well a model knows what it knows. ``error``: the expected calibration error, the mean distance of probability
+    and share of right answers over the bins, weighted by their answers (Guo et al. 2017)."""
+
+    error: float
+    n: int
+    bins: tuple[Bin, ...]
+
+
 class Report(_Record):
     """``report.json``: metrics on real images, the same under each ablation, and what produced them.
 
@@ -104,8 +133,9 @@ class Report(_Record):
     counts, per condition and metric, the answers that could not be read as any legal answer and so count as wrong.
     ``abstention`` is the share of answers, per condition, that say they cannot tell. ``rotation``, where options were
     rotated: ``mean`` accuracy over all orders, ``same_answer`` (the same option named in every order), ``all_right``;
-    ``letters`` is the share of each letter among the answers to all orders. ``by_category``: category -> value ->
-    metric, on real pictures. ``notes`` says in words what the numbers mean.
+    ``letters`` is the share of each letter among the answers to all orders; ``difference``, the best order's accuracy
+    minus the worst one's. ``by_category``: category -> value -> metric, on real pictures. ``calibration``: on real
+    pictures, where the model tells probabilities. ``notes`` says in words what the numbers mean.
     """
 
     metrics: dict[str, Metric]
@@ -118,5 +148,6 @@ class Report(_Record):
     rotation: dict[str, Metric] = {}
     letters: dict[str, float] = {}
     by_category: dict[str, dict[str, dict[str, Metric]]] = {}
+    calibration: dict[str, Calibration] = {}
     notes: tuple[str, ...] = ()
     provenance: dict[str, Any] = {}

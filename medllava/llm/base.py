@@ -73,6 +73,10 @@ class Reply(BaseModel):
     """Those of the prompt tokens that the provider had in its cache, which are cheaper at most."""
     batch: bool = False
     """Whether the reply came through the provider's batch interface, at its own price."""
+    logprobs: tuple[tuple[float, dict[str, float]], ...] | None = Field(
+        default=None, exclude_if=lambda told: told is None
+    )
+    """Per token its log-probability and those of its likeliest alternatives by their text, where the endpoint tells."""
 
 
 class TextModel(Protocol):

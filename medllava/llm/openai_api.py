@@ -265,6 +265,17 @@ def to_reply(body: Any, request: Request) -> Reply:
         prompt_tokens=usage.get("prompt_tokens") or estimate_prompt_tokens(request),
         completion_tokens=usage.get("completion_tokens") or estimate_tokens(text or ""),
         cached_tokens=details.get("cached_tokens") or 0,
+        logprobs=_logprobs(choice.get("logprobs")),
+    )
+
+
+def _logprobs(told: Any) -> tuple[tuple[float, dict[str, float]], ...] | None:
+    tokens = told.get("content") if isinstance(told, dict) else None
+    if not tokens:
+        return None
+    return tuple(
+        (float(token["logprob"]), {one["token"]: float(one["logprob"]) for one in token.get("top_logprobs") or ()})
+        for token in tokens
     )
 
 

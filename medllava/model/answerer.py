@@ -21,6 +21,8 @@ from medllava.errors import PromptTooLong
 from medllava.images import load_image
 
 if TYPE_CHECKING:
+    import torch
+
     from medllava.model.checkpoint import Loaded
     from medllava.model.decoding import Batch, Completion, Prepared
 
@@ -163,18 +165,19 @@ class Answerer:
         stop: Sequence[str] = (),
         seed: int | None = None,
         top_logprobs: int | None = None,
+        pixels: torch.Tensor | None = None,
     ) -> Prepared:
         """Tokens and pixels of a question, for :meth:`batch`; any thread may call it. See :class:`Decoding` for the
         arguments and :meth:`stream` for the errors. ``top_logprobs``: note log-probabilities, and that many
-        alternatives per token."""
+        alternatives per token. ``pixels``: what :meth:`pixels` made of the pictures, in their place; questions of one
+        batch that share it share its encoding."""
         from medllava.model.decoding import Prepared
-        from medllava.model.pixels import pixel_values
         from medllava.model.prompt import with_image_tag, without_history
 
         if self.manifest.single_exchange:
             turns = without_history(turns)
         with self._preparing:
-            ids = self._prompts.question(with_image_tag(turns, len(images)))
+            ids = self._prompts.question(with_image_tag(turns, len(images if pixels is None else pixels)))
         room = min(max_new_tokens, self._context - len(ids))
         if room <= 0 < max_new_tokens:
             raise PromptTooLong(
@@ -182,8 +185,18 @@ class Answerer:
                 " shorten it or start a new conversation"
             )
         # To the encoder only: the text that follows needs no pixels.
-        pixels = pixel_values(self._image_processor, images) if images else None
+        if pixels is None and images:
+            pixels = self.pixels(images)
         return Prepared(ids, pixels, max(room, 0), temperature, top_p, tuple(stop), seed, top_logprobs)
+
+    def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """What the encoder sees of pictures, float32 (pictures, 3, side, side); any thread may call it."""
+        import torch
+
+        from medllava.model.pixels import pixel_values
+
+        # One by one: of large pictures only one is in memory.
+        return torch.cat([pixel_values(self._image_processor, [image]) for image in images])
 
     def batch(self) -> Batch:
         """An empty batch: questions that :meth:`prepare` made join it and are answered together."""

@@ -147,11 +147,10 @@ class Batch:
         marks = [[0] * (longest - len(question.ids)) + [1] * len(question.ids) for question in questions]
         device = self._model.device
         mask = torch.tensor(marks, device=device)
-        pictures = [question.pixels for question in questions if question.pixels is not None]
-        pixels = {"pixel_values": torch.cat(pictures).to(device, self._model.dtype)} if pictures else {}
         positions = (mask.cumsum(1) - 1).clamp(min=0)
+        read = self._read(torch.tensor(padded, device=device), questions)
         # Plain layers for every model: those of a sliding window would forget columns, which the mask hides anyway.
-        output = self._forward(torch.tensor(padded, device=device), mask, positions, DynamicCache(), **pixels)
+        output = self._forward(mask, positions, DynamicCache(), **read)
         new = _State(rows, output.past_key_values, mask, positions[:, -1:] + 1)
         self._extend(rows, output.logits)
         new = new.keep([row for row in rows if not row.finished])
@@ -167,7 +166,7 @@ class Batch:
         ids = torch.tensor([[row.ids[-1]] for row in state.rows], device=self._model.device)
         mask = torch.cat([state.mask, state.mask.new_ones(len(state.rows), 1)], dim=1)
         try:
-            output = self._forward(ids, mask, state.positions, state.cache)
+            output = self._forward(mask, state.positions, state.cache, input_ids=ids)
         except BaseException:
             state.rewind()
             raise
@@ -181,20 +180,39 @@ class Batch:
         if self._state and any(row in self._state.rows for row in rows):
             self._state = self._state.keep([row for row in self._state.rows if row not in rows])
 
-    def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, **inputs: Any
-    ) -> Any:
+    def _read(self, ids: torch.Tensor, questions: Sequence[Prepared]) -> dict[str, torch.Tensor]:
+        """What the model is given of the questions: ``ids`` (rows, columns) with their pictures. Questions that hold
+        the same tensor of pixels ask about one picture, which then goes through the encoder once."""
+        pictures = [question.pixels for question in questions if question.pixels is not None]
+        if not pictures:
+            return {"input_ids": ids}
+        once = list({id(pixels): pixels for pixels in pictures}.values())
+        values = torch.cat(once).to(ids.device, self._model.dtype)
+        if len(once) == len(pictures):
+            return {"input_ids": ids, "pixel_values": values}
+        self._activate()
+        with torch.inference_mode():
+            encoded = self._model.get_image_features(pixel_values=values, return_dict=True).pooler_output
+            parts = torch.stack(list(encoded)).split([len(pixels) for pixels in once])
+            features = {id(pixels): part.flatten(0, 1) for pixels, part in zip(once, parts, strict=True)}
+            embeddings = self._model.get_input_embeddings()(ids)
+            places = (ids == self._model.config.image_token_id).unsqueeze(-1)
+            told = torch.cat([features[id(pixels)] for pixels in pictures]).to(embeddings.dtype)
+            return {"inputs_embeds": embeddings.masked_scatter(places, told)}
+
+    def _forward(self, mask: torch.Tensor, positions: torch.Tensor, cache: Any, **inputs: Any) -> Any:
         self._activate()
         with torch.inference_mode():
             return self._model(
-                input_ids=ids, attention_mask=None if len(mask) == 1 else mask, position_ids=positions,
+                attention_mask=None if len(mask) == 1 else mask, position_ids=positions,
                 past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs,
             )
 
     def _extend(self, rows: Sequence[Reply], logits: torch.Tensor) -> None:
         scores = logits[:, -1].float().cpu()
         likeliest = scores.argmax(-1).tolist()
-        for row, score, best in zip(rows, scores, likeliest, strict=True):
+        noted = scores.log_softmax(-1) if any(row.question.top_logprobs is not None for row in rows) else scores
+        for row, score, best, logprobs in zip(rows, scores, likeliest, noted, strict=True):
             if row.finished:  # room for no token at all
                 continue
             question = row.question
@@ -202,7 +220,7 @@ class Batch:
             if question.temperature > 0:
                 token = _drawn(score, question.temperature, question.top_p, row.generator)
             if question.top_logprobs is not None:
-                row.note(token, score.log_softmax(-1))
+                row.note(token, logprobs)
             row.add(token, is_end=token in self._ends)
 
 

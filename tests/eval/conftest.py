@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from medllava.eval.answer import Reply
+from medllava.eval.models import Asked, Reply
 from medllava.eval.records import Question
 from medllava.geometry import Box, format_box
 from medllava.jsonl import write_records
@@ -62,14 +62,14 @@ def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def looks(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply]:
+def looks(batch: Sequence[Asked]) -> list[Reply]:
     """Answers by looking for a disc of a known colour in the picture."""
-    return [Reply(_look(image, prompt), "stop") for image, prompt in batch]
+    return [Reply(_look(image, prompt), "stop") for image, prompt, _ in batch]
 
 
-def guesses(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply]:
+def guesses(batch: Sequence[Asked]) -> list[Reply]:
     """Answers from the words of the question alone."""
-    return [Reply(_guess(prompt), "stop") for _, prompt in batch]
+    return [Reply(_guess(prompt), "stop") for _, prompt, _ in batch]
 
 
 def _look(image: Image.Image | None, prompt: str) -> str:

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from medllava.errors import ConfigError, DataError
 from medllava.eval import __main__ as commands
-from medllava.eval.answer import Reply, answer_all
+from medllava.eval.answer import answer_all
 from medllava.eval.benchmarks import Benchmark, read_questions
+from medllava.eval.models import Asked, Model, Reply
 from medllava.eval.pictures import Pictures
 from medllava.eval.records import Answer, Failure, Question
 from medllava.images import load_image
 from medllava.jsonl import read_records, write_records
 
-Ask = Callable[[Sequence[tuple[Image.Image | None, str]]], list[Reply]]
+Ask = Callable[[Sequence[Asked]], list[Reply]]
 
 
 def answers_in(folder: Path) -> list[Answer]:
@@ -27,7 +27,7 @@ def answers_in(folder: Path) -> list[Answer]:
 def test_every_question_is_asked_under_every_condition(discs: Path, looks: Ask, tmp_path: Path) -> None:
     questions = read_questions(discs / "questions.jsonl")
     benchmark = Benchmark(name="discs")
-    assert answer_all(questions, benchmark, Pictures(discs, questions), looks, "m", tmp_path) == 0
+    assert answer_all(questions, benchmark, Pictures(discs, questions), Model("m", looks), tmp_path) == 0
     counts = Counter(answer.condition for answer in answers_in(tmp_path))
     assert counts == dict.fromkeys(("real", "no_image", "blank", "noise", "mismatched"), len(questions))
     assert not (tmp_path / "failed.jsonl").exists()
@@ -37,26 +37,26 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(discs: Path, looks: Ask, tm
     questions = read_questions(discs / "questions.jsonl")
     benchmark, pictures = Benchmark(name="discs"), Pictures(discs, questions)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    answer_all(questions, benchmark, pictures, looks, "m", whole)
+    answer_all(questions, benchmark, pictures, Model("m", looks), whole)
     seen: list[str] = []
 
-    def dies(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply]:
+    def dies(batch: Sequence[Asked]) -> list[Reply]:
         if len(seen) >= 100:
             raise KeyboardInterrupt
-        seen.extend(prompt for _, prompt in batch)
+        seen.extend(prompt for _, prompt, _ in batch)
         return looks(batch)
 
     with pytest.raises(KeyboardInterrupt):
-        answer_all(questions, benchmark, pictures, dies, "m", broken)
+        answer_all(questions, benchmark, pictures, Model("m", dies), broken)
     with (broken / "answers.jsonl").open("a") as file:
         file.write('{"question_id": "half a li')
     again: list[str] = []
 
-    def counts(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply]:
-        again.extend(prompt for _, prompt in batch)
+    def counts(batch: Sequence[Asked]) -> list[Reply]:
+        again.extend(prompt for _, prompt, _ in batch)
         return looks(batch)
 
-    answer_all(questions, benchmark, pictures, counts, "m", broken)
+    answer_all(questions, benchmark, pictures, Model("m", counts), broken)
     assert len(seen) + len(again) == 5 * len(questions)
     assert (broken / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
 
@@ -65,9 +65,8 @@ def test_a_bad_picture_does_not_sink_the_rest(discs: Path, looks: Ask, tmp_path:
     questions = read_questions(discs / "questions.jsonl")[:6]
     bad = questions[0].model_copy(update={"id": "bad", "image": "not_there.png", "group": "other"})
     asked = [*questions, bad]
-    failed = answer_all(
-        asked, Benchmark(name="discs", conditions=("real", "blank")), Pictures(discs, asked), looks, "m", tmp_path
-    )
+    benchmark = Benchmark(name="discs", conditions=("real", "blank"))
+    failed = answer_all(asked, benchmark, Pictures(discs, asked), Model("m", looks), tmp_path)
     assert failed == 2
     failures = list(read_records(tmp_path / "failed.jsonl", Failure))
     assert {failure.question_id for failure in failures} == {"bad"}
@@ -78,20 +77,21 @@ def test_a_bad_picture_does_not_sink_the_rest(discs: Path, looks: Ask, tmp_path:
 def test_one_refused_question_does_not_sink_its_batch(discs: Path, looks: Ask, tmp_path: Path) -> None:
     questions = read_questions(discs / "questions.jsonl")[:8]
 
-    def refuses(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply]:
-        if any("How many" in prompt for _, prompt in batch):
+    def refuses(batch: Sequence[Asked]) -> list[Reply]:
+        if any("How many" in prompt for _, prompt, _ in batch):
             raise DataError("the prompt is too long")
         return looks(batch)
 
     benchmark = Benchmark(name="discs", conditions=("real",))
-    assert answer_all(questions, benchmark, Pictures(discs, questions), refuses, "m", tmp_path) == 1
+    assert answer_all(questions, benchmark, Pictures(discs, questions), Model("m", refuses), tmp_path) == 1
     assert len(answers_in(tmp_path)) == 7
 
 
 def test_nothing_but_failures_is_an_error(discs: Path, looks: Ask, tmp_path: Path) -> None:
     questions = read_questions(discs / "questions.jsonl")[:3]
+    pictures, model = Pictures(tmp_path, questions), Model("m", looks)
     with pytest.raises(DataError, match="none of the 3 .*no such image file"):
-        answer_all(questions, Benchmark(name="discs"), Pictures(tmp_path, questions), looks, "m", tmp_path / "out")
+        answer_all(questions, Benchmark(name="discs"), pictures, model, tmp_path / "out")
 
 
 def test_ablation_pictures(discs: Path) -> None:
@@ -140,12 +140,12 @@ def test_suffixes_and_text_only_questions(tmp_path: Path) -> None:
     question = Question(id="a", image=None, question="Is it?", kind="yes_no", answer="yes", group="g")
     prompts: list[str] = []
 
-    def ask(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply]:
-        prompts.extend(prompt for _, prompt in batch)
-        assert all(image is None for image, _ in batch)
+    def ask(batch: Sequence[Asked]) -> list[Reply]:
+        prompts.extend(prompt for _, prompt, _ in batch)
+        assert all(image is None for image, _, _ in batch)
         return [Reply("yes", "stop") for _ in batch]
 
-    answer_all([question], benchmark, Pictures(None, [question]), ask, "m", tmp_path)
+    answer_all([question], benchmark, Pictures(None, [question]), Model("m", ask), tmp_path)
     assert prompts == ["Is it? Answer yes or no."]
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from medllava.errors import ConfigError, DataError
 from medllava.eval import __main__ as commands
-from medllava.eval.answer import Reply, answer_all
+from medllava.eval.answer import answer_all
 from medllava.eval.benchmarks import known_files, load_benchmark, questions_hash, read_question_set
+from medllava.eval.models import Asked, Model, Reply
 from medllava.eval.pictures import Pictures
 from medllava.eval.questions import Reading, to_questions
 from medllava.eval.records import Question
@@ -26,7 +26,7 @@ from medllava.eval.rotation import applies, as_asked
 from medllava.eval.score import score_files
 from medllava.jsonl import write_records
 
-Ask = Callable[[Sequence[tuple[Image.Image | None, str]]], list[Reply]]
+Ask = Callable[[Sequence[Asked]], list[Reply]]
 
 
 def module() -> ModuleType:
@@ -72,10 +72,10 @@ def test_a_sample_is_read_and_scored(name: str, samples: dict[str, tuple[Path, P
         for question in found.questions for condition in benchmark.conditions if applies(question, condition)
     }
 
-    def knows(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply]:
-        return [Reply(asked[prompt], "stop") for _, prompt in batch]
+    def knows(batch: Sequence[Asked]) -> list[Reply]:
+        return [Reply(asked[prompt], "stop") for _, prompt, _ in batch]
 
-    assert answer_all(found.questions, benchmark, pictures, knows, "m", tmp_path) == 0
+    assert answer_all(found.questions, benchmark, pictures, Model("m", knows), tmp_path) == 0
     write_records(tmp_path / "questions.jsonl", found.questions)
     report, _ = score_files(tmp_path / "answers.jsonl")
     for metric in ("closed_accuracy", "open_f1", "open_rouge_l", "box_iou"):
@@ -179,10 +179,10 @@ def test_a_model_that_always_says_a_is_found_out(samples: dict[str, tuple[Path, 
     benchmark = load_benchmark("pmc_vqa")
     questions = read_question_set(source, benchmark).questions
 
-    def first(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply]:
+    def first(batch: Sequence[Asked]) -> list[Reply]:
         return [Reply("A", "stop") for _ in batch]
 
-    answer_all(questions, benchmark, Pictures(images, questions), first, "m", tmp_path)
+    answer_all(questions, benchmark, Pictures(images, questions), Model("m", first), tmp_path)
     write_records(tmp_path / "questions.jsonl", questions)
     report, _ = score_files(tmp_path / "answers.jsonl")
     assert report.rotation["mean"].value == 0.25

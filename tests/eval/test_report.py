@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from medllava.eval import __main__ as commands
-from medllava.eval.answer import Reply, answer_all
+from medllava.eval.answer import answer_all
 from medllava.eval.benchmarks import Benchmark, read_questions
+from medllava.eval.models import Asked, Model, Reply
 from medllava.eval.pictures import Pictures
 from medllava.jsonl import write_json, write_records
 
-Ask = Callable[[Sequence[tuple[Image.Image | None, str]]], list[Reply]]
+Ask = Callable[[Sequence[Asked]], list[Reply]]
 
 
 @pytest.fixture
@@ -23,11 +23,11 @@ def report(discs: Path, looks: Ask, guesses: Ask, tmp_path: Path) -> Path:
     """A report on answers of which half look at the picture."""
     questions = read_questions(discs / "questions.jsonl")
 
-    def half(batch: Sequence[tuple[Image.Image | None, str]]) -> list[Reply]:
+    def half(batch: Sequence[Asked]) -> list[Reply]:
         pairs = zip(looks(batch), guesses(batch), strict=True)
         return [pair[number % 2] for number, pair in enumerate(pairs)]
 
-    answer_all(questions, Benchmark(name="discs"), Pictures(discs, questions), half, "stub <b>", tmp_path)
+    answer_all(questions, Benchmark(name="discs"), Pictures(discs, questions), Model("stub <b>", half), tmp_path)
     write_records(tmp_path / "questions.jsonl", questions)
     judged = {"metrics": {"judge": {"value": 0.4, "low": 0.3, "high": 0.5, "n": 9, "unscored": 0}}}
     write_json(tmp_path / "judge.json", judged)
@@ -88,7 +88,7 @@ def test_two_runs_give_the_same_bytes(discs: Path, looks: Ask, tmp_path: Path) -
     made = []
     for name in ("one", "two"):
         out = tmp_path / name
-        answer_all(questions, Benchmark(name="discs"), Pictures(discs, questions), looks, "stub", out)
+        answer_all(questions, Benchmark(name="discs"), Pictures(discs, questions), Model("stub", looks), out)
         write_records(out / "questions.jsonl", questions)
         write_json(out / "run.json", {"model": "stub", "date": f"at time {name}"})
         line = ["report", "--answers", str(out / "answers.jsonl"), "--images", str(discs), "--out", str(out / "r")]

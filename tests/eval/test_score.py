@@ -6,23 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from medllava.errors import ConfigError, DataError
 from medllava.eval import __main__ as commands
-from medllava.eval.answer import Reply, answer_all
+from medllava.eval.answer import answer_all
 from medllava.eval.benchmarks import Benchmark, read_questions
+from medllava.eval.models import Asked, Model, Reply
 from medllava.eval.pictures import Pictures
 from medllava.eval.score import score_files
 from medllava.jsonl import write_records
 
-Ask = Callable[[Sequence[tuple[Image.Image | None, str]]], list[Reply]]
+Ask = Callable[[Sequence[Asked]], list[Reply]]
 BLIND = "the model's answers do not depend on the picture"
 
 
 def answered(discs: Path, ask: Ask, out: Path) -> Path:
     questions = read_questions(discs / "questions.jsonl")
-    answer_all(questions, Benchmark(name="discs"), Pictures(discs, questions), ask, "stub", out)
+    answer_all(questions, Benchmark(name="discs"), Pictures(discs, questions), Model("stub", ask), out)
     write_records(out / "questions.jsonl", questions)
     return out / "answers.jsonl"
 

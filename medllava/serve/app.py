@@ -242,7 +242,8 @@ def create_app(
     @app.get("/v1/models")
     async def list_models(request: Request) -> dict[str, Any]:
         check_key(request.headers, api_keys)
-        return model_list([answerer.model_id for answerer in models.ready()], int(models.started))
+        known = {answerer.model_id: answerer.manifest for answerer in models.ready()}
+        return model_list(known, int(models.started))
 
     @app.post("/v1/chat/completions", openapi_extra=REQUEST_BODY)
     async def chat_completions(request: Request) -> Response:

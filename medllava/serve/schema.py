@@ -7,7 +7,7 @@ no answer here: they are accepted and nothing is kept of them. A field that the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -16,6 +16,7 @@ from medllava.conversation import IMAGE_TAG, Role, Turn, as_text
 
 if TYPE_CHECKING:
     from medllava.model.decoding import TokenLogprob
+    from medllava.model.manifest import Manifest
 
 MOST_ANSWERS = 16
 """Largest ``n`` of a request."""
@@ -224,9 +225,19 @@ def logprobs_of(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     }
 
 
-def model_list(models: Sequence[str], created: int) -> dict[str, Any]:
-    """``GET /v1/models``: what this worker serves."""
+def model_list(models: Mapping[str, Manifest], created: int) -> dict[str, Any]:
+    """``GET /v1/models``: what this worker serves, by name. ``medllava`` is our own addition: what a client should know
+    of a checkpoint to ask it well."""
     return {
         "object": "list",
-        "data": [{"id": model, "object": "model", "created": created, "owned_by": "medllava"} for model in models],
+        "data": [
+            {"id": model, "object": "model", "created": created, "owned_by": "medllava", "medllava": facts(manifest)}
+            for model, manifest in models.items()
+        ],
     }
+
+
+def facts(manifest: Manifest) -> dict[str, Any]:
+    """mpp: micrometres per pixel of the training pictures or None. regions: how it takes regions, see
+    :mod:`medllava.regions`. image_size: side in pixels of what its encoder sees."""
+    return {"mpp": manifest.training_mpp, "regions": list(manifest.regions), "image_size": manifest.image_size}

@@ -291,6 +291,7 @@ def create_app(
             pictures = Pictures(question.image_uris(), limits, image_hosts or {})
             ticket = engine.enter(answerer, question.answers(), streamed=bool(question.stream))
             tickets.append(ticket)
+            call.received_s = ticket.arrived - call.started
             async with readers:
                 prepared = await asyncio.to_thread(prepare, answerer, question, pictures, limits)
             del question, pictures  # not kept in memory while its answer is made

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 4.0
+PATIENCE_S = 10.0
 """How long a request whose pictures are being read holds up those that came later."""
 
 
@@ -167,7 +167,7 @@ class Engine:
         with self._wake:
             while not (self._active or self._next_in_line()):
                 # With a line, look again soon: one whose pictures take long is passed after a while.
-                self._wake.wait(PATIENCE_S / 4 if self._line else None)
+                self._wake.wait(1.0 if self._line else None)
             left = [ticket for ticket in self._active if ticket.cancelled]
             joining = self._next_in_line(freed=sum(ticket.size for ticket in left))
             self._line = [ticket for ticket in self._line if ticket not in joining]

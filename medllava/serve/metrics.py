@@ -32,8 +32,11 @@ class Call:
     completion_tokens: int = 0
     status: int = 200
     code: str | None = None
+    received_s: float | None = None
+    """From its first byte to its last."""
     queue_s: float | None = None
     first_token_s: float | None = None
+    at: float = field(default_factory=time.time)
     started: float = field(default_factory=time.monotonic)
 
 

@@ -65,6 +65,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="ask a server for log-probabilities, too, for the report's calibration (a folder tells them anyway)",
     )
     parser.add_argument("--limit", type=int, help="only the first N questions")
+    parser.add_argument(
+        "--regions", choices=["text", "mark"],
+        help="a box that a question names: left in its text, or marked in red on the picture (default: as the"
+        " checkpoint was trained, and text for a server)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
 
 
@@ -74,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     from medllava.eval.pictures import Pictures
     from medllava.jsonl import write_records
     from medllava.model.manifest import current_versions, now
+    from medllava.regions import as_mark, way_of
 
     if arguments.batch < 1 or (arguments.limit is not None and arguments.limit < 1):
         raise ConfigError("--batch and --limit must be at least 1")
@@ -95,6 +101,9 @@ def run(arguments: argparse.Namespace) -> int:
         model = models.open_local(arguments.model_path, arguments.device, benchmark.max_new_tokens)
     else:
         model = models.open_server(arguments, benchmark.max_new_tokens)
+    pictures.regions = arguments.regions or way_of(model.made.get("manifest", {}).get("regions", ()))
+    # Only where it makes a difference, so that a run of before there were marks goes on.
+    marks = pictures.regions == "mark" and any(as_mark(question.question) for question in questions)
     provenance.start_run(
         arguments.out,
         {
@@ -105,7 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
             "data": found.told,
             "images_sha256": pictures.sha256(),
             "images": str(images.resolve()),
-            "decoding": {"temperature": 0.0, "max_new_tokens": benchmark.max_new_tokens},
+            "decoding": {"temperature": 0.0, "max_new_tokens": benchmark.max_new_tokens}
+            | ({"regions": "mark"} if marks else {}),
             "versions": current_versions(),
             "command": provenance.command("answer"),
             "date": now(),
@@ -206,7 +216,7 @@ def _opened(
     def opened(jobs: list[Job]) -> list[Asked | DataError]:
         found: list[Asked | DataError] = []
         for question, condition in jobs:
-            asked = as_asked(question, condition)
+            asked = shown.pictures.worded(as_asked(question, condition))
             try:
                 found.append(Asked(shown.of(question, condition), benchmark.prompt(asked), beginnings(asked)))
             except DataError as error:

@@ -15,7 +15,9 @@ from PIL import Image
 
 from medllava.errors import DataError
 from medllava.eval.records import Condition, Question
+from medllava.geometry import Box
 from medllava.images import load_image
+from medllava.regions import Way, as_mark, draw_mark
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp"}
 KEPT_BYTES = 256 << 20
@@ -23,11 +25,17 @@ KEPT_BYTES = 256 << 20
 
 
 class Pictures:
-    """Opens the picture of a question under a condition. The same seed and questions give the same pictures."""
+    """Opens the picture of a question under a condition. The same seed and questions give the same pictures.
 
-    def __init__(self, folder: Path | None, questions: Sequence[Question], seed: int = 0) -> None:
+    ``regions``: with ``mark``, the box that a question names is marked on its picture, whatever the condition.
+    """
+
+    def __init__(
+        self, folder: Path | None, questions: Sequence[Question], seed: int = 0, regions: Way = "text"
+    ) -> None:
         self.folder = folder
         self.seed = seed
+        self.regions = regions
         # Sorted and without repeats, so that neither the order of the file nor a popular picture changes the choice.
         self._by_group = sorted({(each.group, each.image) for each in questions if each.image})
         self._places: dict[tuple[str, str], list[int]] = {}
@@ -63,23 +71,38 @@ class Pictures:
         """
         if question.image is None or condition == "no_image":
             return None
+        picture, region = self._plain(question, question.image, condition), self._region(question)
+        return draw_mark(picture, region) if region else picture
+
+    def worded(self, question: Question) -> Question:
+        """The question as it is asked about what :meth:`show` shows."""
+        found = as_mark(question.question) if self.regions == "mark" else None
+        return question.model_copy(update={"question": found[0]}) if found else question
+
+    def _region(self, question: Question) -> Box | None:
+        found = as_mark(question.question) if self.regions == "mark" else None
+        return found[1] if found else None
+
+    def _plain(self, question: Question, image: str, condition: Condition) -> Image.Image:
         if condition == "mismatched":
             return self._load(self._other(question))
         if condition == "blank":
-            return Image.new("RGB", self._size(question.image), "white")
+            return Image.new("RGB", self._size(image), "white")
         if condition == "noise":
             generator = np.random.default_rng(self._number(question))
-            width, height = self._size(question.image)
+            width, height = self._size(image)
             return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        return self._load(question.image)
+        return self._load(image)
 
     def key(self, question: Question, condition: Condition) -> str | None:
         """A name for what is shown, the same for all questions that are shown the same; None if only this one is."""
         if question.image is None or condition in {"no_image", "noise"}:
             return None
+        region = self._region(question)
+        mark = f" {region}" if region else ""
         if condition == "blank":
-            return f"blank {self._size(question.image)}"
-        return f"file {self._other(question) if condition == 'mismatched' else question.image}"
+            return f"blank {self._size(question.image)}{mark}"
+        return f"file {self._other(question) if condition == 'mismatched' else question.image}{mark}"
 
     def _load(self, image: str) -> Image.Image:
         picture = load_image(self.path(image))
@@ -119,16 +142,16 @@ class Shown:
     questions about the picture as long as memory lasts."""
 
     def __init__(self, pictures: Pictures, make: Callable[[Image.Image], Any], most_bytes: int = KEPT_BYTES) -> None:
-        self._pictures, self._make, self._room = pictures, make, most_bytes
+        self.pictures, self._make, self._room = pictures, make, most_bytes
         self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
 
     def of(self, question: Question, condition: Condition) -> Any:
         """None for a question asked as text alone. Raises DataError if the picture cannot be opened."""
-        key = self._pictures.key(question, condition)
-        if key in self._kept:
+        key = self.pictures.key(question, condition)
+        if key is not None and key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key][0]
-        picture = self._pictures.show(question, condition)
+        picture = self.pictures.show(question, condition)
         if picture is None:
             return None
         made = self._make(picture)

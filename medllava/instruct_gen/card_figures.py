@@ -147,7 +147,6 @@ def read_figures(
     unredacted = spoken is None and bool(summary.get("redacted"))
     if spoken is None and narrated is not None and (narrated / "captions.jsonl").is_file():
         spoken = narrated / "captions.jsonl"
-    captions = {caption.id: caption for caption in read_records(spoken, GroundedCaption)} if spoken else {}
     part_of, split = _read_split(data, narrated, cache=cache)
     kinds: dict[str, KindCount] = defaultdict(KindCount)
     videos: dict[str, VideoCount] = defaultdict(VideoCount)
@@ -176,10 +175,16 @@ def read_figures(
             heapq.heapreplace(chosen, entry)
     if not total:
         raise DataError(f"{data}: no samples in it; make some with: python -m medllava.instruct_gen generate")
-    phrases = [phrase for caption in captions.values() for phrase in caption.phrases]
-    pictured = _BoxCounter()
-    pictured.add(phrase.box for phrase in phrases)
     drawn = [sample for *_, sample in sorted(chosen, key=lambda entry: -entry[0])]
+    shown = {sample.provenance.chunk for sample in drawn}
+    captions: dict[str, GroundedCaption] = {}
+    phrases = 0
+    pictured = _BoxCounter()
+    for caption in read_records(spoken, GroundedCaption) if spoken else ():
+        phrases += len(caption.phrases)
+        pictured.add(phrase.box for phrase in caption.phrases)
+        if caption.id in shown:
+            captions[caption.id] = caption
     order = sorted(kinds, key=lambda kind: (-kinds[kind].samples, kind))
     return Figures(
         samples=total,
@@ -190,7 +195,7 @@ def read_figures(
         labels=_labels([folder for folder in (narrated, spoken.parent if spoken else None, data) if folder]),
         question_words=spread([words for count in kinds.values() for words in count.question_words]),
         answer_words=spread([words for count in kinds.values() for words in count.answer_words]),
-        caption_boxes=pictured.result(of=len(phrases)) if captions else None,
+        caption_boxes=pictured.result(of=phrases) if phrases else None,
         sample_boxes=boxes.result(),
         dropped=_dropped(data),
         no_box=narrate.get("no_box", {}),

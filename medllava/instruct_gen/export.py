@@ -18,14 +18,14 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medllava.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from medllava.instruct_gen.records import GroundedCaption, Narrative, Video
+    from medllava.instruct_gen.records import GroundedCaption, Narrative
 
 HELP = "narratives -> Localized Narratives, MedicalNarratives, WebDataset shards, a datasets folder"
 
@@ -39,15 +39,6 @@ DOMAINS = (
 
 NOTE = "export.json"
 """What was exported lies beside the pairs; its presence says that a folder may be written anew."""
-
-
-@dataclass(frozen=True)
-class Narrated:
-    """The records of a folder that narrate wrote; ``captions`` by id."""
-
-    narratives: tuple[Narrative, ...]
-    captions: dict[str, GroundedCaption]
-    videos: dict[str, Video]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--min-confidence {args.min_confidence}: expected 0 to 1")
     if args.shard_size < 1:
         raise ConfigError(f"--shard-size {args.shard_size}: expected 1 or more")
-    narrated = read_narrated(args.narrated)
+    narrated = Narrated(args.narrated)
     if args.format in ("webdataset", "datasets"):
         return _write_pairs(narrated, args)
     if args.crops:
@@ -80,20 +71,48 @@ def run(args: argparse.Namespace) -> int:
     return _write_narratives(narrated, args)
 
 
-def read_narrated(folder: Path) -> Narrated:
-    """Read what narrate wrote. Raises DataError if it is not there or nothing was said in it."""
-    from medllava.instruct_gen.records import GroundedCaption, Narrative, Video
-    from medllava.jsonl import read_records
+class Narrated:
+    """What narrate wrote into a folder, a video at a time: memory holds those records of one of them.
 
-    if not (folder / "narratives.jsonl").is_file():
-        raise DataError(f"{folder}: holds no narratives.jsonl; expected a folder that narrate wrote")
-    narratives = tuple(read_records(folder / "narratives.jsonl", Narrative))
-    captions = {caption.id: caption for caption in read_records(folder / "captions.jsonl", GroundedCaption)}
-    if not any(narrative.id in captions for narrative in narratives):
-        raise DataError(f"{folder}: nothing was said in any stable chunk, so there is nothing to export")
-    listed = folder / "videos.jsonl"
-    videos = {video.name: video for video in read_records(listed, Video)} if listed.is_file() else {}
-    return Narrated(narratives, captions, videos)
+    ``videos``: what is known of each, by name. Raises DataError if it is not there or nothing was said in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from medllava.instruct_gen.captions import CaptionFile
+        from medllava.instruct_gen.records import Video
+        from medllava.jsonl import read_records
+
+        self.narratives = folder / "narratives.jsonl"
+        if not self.narratives.is_file():
+            raise DataError(f"{folder}: holds no narratives.jsonl; expected a folder that narrate wrote")
+        if (folder / "captions.jsonl").is_file() and not (folder / "captions.jsonl").stat().st_size:
+            raise _nothing_said(folder)
+        self.captions = CaptionFile(folder / "captions.jsonl")
+        listed = folder / "videos.jsonl"
+        self.videos = {video.name: video for video in read_records(listed, Video)} if listed.is_file() else {}
+
+    def spoken(self) -> Iterator[list[tuple[Narrative, GroundedCaption]]]:
+        """For each video in which something was said: its chunks with speech, in the file's order."""
+        from medllava.instruct_gen.records import Narrative
+        from medllava.jsonl import read_records
+
+        nothing = True
+        seen: set[str] = set()
+        told = set(self.captions.videos)
+        for video, chunks in groupby(read_records(self.narratives, Narrative), key=lambda chunk: chunk.video):
+            if video in seen:
+                raise DataError(f"{self.narratives}: rows of {video} must follow one another, as narrate writes them")
+            seen.add(video)
+            captions = {caption.id: caption for caption in self.captions.of_video(video)} if video in told else {}
+            if pairs := [(chunk, captions[chunk.id]) for chunk in chunks if chunk.id in captions]:
+                nothing = False
+                yield pairs
+        if nothing:
+            raise _nothing_said(self.narratives.parent)
+
+
+def _nothing_said(folder: Path) -> DataError:
+    return DataError(f"{folder}: nothing was said in any stable chunk, so there is nothing to export")
 
 
 def _write_narratives(narrated: Narrated, args: argparse.Namespace) -> int:
@@ -103,31 +122,31 @@ def _write_narratives(narrated: Narrated, args: argparse.Namespace) -> int:
 
     if args.out.is_dir():
         raise ConfigError(f"--out {args.out}: is a folder; expected the name of a .jsonl file to write")
-    spoken = [narrative for narrative in narrated.narratives if narrative.id in narrated.captions]
-    by_video: dict[str, list[Narrative]] = {}
-    for narrative in spoken:
-        by_video.setdefault(narrative.video, []).append(narrative)
-    narrators = {name: number for number, name in enumerate(by_video)}
+    utterances = spread = 0
 
     def rows() -> Iterator[dict[str, Any]]:
-        for number, narrative in enumerate(spoken):
-            if args.format == "localized-narratives":
-                yield localized_narrative(narrative, args.dataset_id, narrators[narrative.video])
-                continue
-            caption = narrated.captions[narrative.id]
-            phrases = tuple(
-                phrase if is_sure(phrase, args.min_confidence) else phrase.model_copy(update={"box": None})
-                for phrase in caption.phrases
-            )
-            caption = caption.model_copy(update={"phrases": phrases})
-            video = narrated.videos.get(narrative.video)
+        nonlocal utterances, spread
+        number = 0
+        for narrator, pairs in enumerate(narrated.spoken()):
+            siblings = [narrative for narrative, _ in pairs]
+            video = narrated.videos.get(siblings[0].video)
             domain = video.domain if video is not None and video.domain else args.domain
-            yield {"index": number} | medical_narrative(narrative, caption, video, by_video[narrative.video], domain)
+            for narrative, caption in pairs:
+                utterances += len(narrative.utterances)
+                spread += sum(not utterance.words for utterance in narrative.utterances)
+                if args.format == "localized-narratives":
+                    yield localized_narrative(narrative, args.dataset_id, narrator)
+                else:
+                    phrases = tuple(
+                        phrase if is_sure(phrase, args.min_confidence) else phrase.model_copy(update={"box": None})
+                        for phrase in caption.phrases
+                    )
+                    sure = caption.model_copy(update={"phrases": phrases})
+                    yield {"index": number} | medical_narrative(narrative, sure, video, siblings, domain)
+                number += 1
 
     count = write_records(args.out, rows())
-    utterances = [utterance for narrative in spoken for utterance in narrative.utterances]
-    spread = sum(not utterance.words for utterance in utterances)
-    print(f"{count} narratives with {len(utterances)} utterances -> {args.out}")
+    print(f"{count} narratives with {utterances} utterances -> {args.out}")
     if spread:
         print(f"{spread} utterances have no word times in their transcript: their words are spread evenly over them")
     return 0
@@ -139,11 +158,11 @@ def _write_pairs(narrated: Narrated, args: argparse.Namespace) -> int:
     from medllava.instruct_gen.pairs import Pair, read_pairs, write_folder, write_shards
     from medllava.jsonl import write_json
 
-    captions = [narrated.captions[one.id] for one in narrated.narratives if one.id in narrated.captions]
+    captions = (caption for pairs in narrated.spoken() for _, caption in pairs)
     parts: Counter[str] = Counter()
 
     def pairs() -> Iterator[Pair]:
-        shown = tqdm(captions, desc="export", unit="image")
+        shown = tqdm(captions, desc="export", unit="image", total=len(narrated.captions))
         options = {"crops": args.crops, "least": args.min_confidence, "kind": args.image_format}
         for pair in read_pairs(shown, args.narrated, **options):
             parts[pair.about["part"]] += 1

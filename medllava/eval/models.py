@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,10 +92,11 @@ def open_local(name: str | Path, device: str | None, max_new_tokens: int) -> Mod
         prepared = []
         for asked in batch:
             text = asked.prompt if asked.picture is None else f"{IMAGE_TAG}\n{asked.prompt}"
-            prepared.append(answerer.prepare(
+            question = answerer.prepare(
                 (), [Turn(role="user", text=text)], pixels=asked.picture, max_new_tokens=max_new_tokens,
                 temperature=0.0, top_logprobs=ALTERNATIVES if asked.options else 0,
-            ))
+            )
+            prepared.append(replace(question, first_only=True))
         running = answerer.batch()
         rows = running.join(prepared)
         while running.rows:

@@ -40,7 +40,8 @@ class TokenLogprob:
 @dataclass(frozen=True)
 class Prepared:
     """A question ready for a batch. ``pixels``: float tensor (pictures, 3, side, side), None without pictures.
-    ``room``: most tokens of the answer. ``top_logprobs``: how many alternatives to note per token; None for none."""
+    ``room``: most tokens of the answer. ``top_logprobs``: how many alternatives to note per token, or with
+    ``first_only`` for the first one; None notes nothing."""
 
     ids: list[int]
     pixels: torch.Tensor | None
@@ -50,6 +51,7 @@ class Prepared:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     top_logprobs: int | None = None
+    first_only: bool = False
 
 
 class Reply:
@@ -88,7 +90,7 @@ class Reply:
 
     def note(self, token: int, logprobs: torch.Tensor) -> None:
         """Keep the log-probability of ``token``, and those of the likeliest, from one row of them (vocabulary,)."""
-        count = self.question.top_logprobs or 0
+        count = 0 if self.question.first_only and self.logprobs else self.question.top_logprobs or 0
         values, ids = logprobs.topk(min(count, len(logprobs))) if count else (logprobs[:0], logprobs[:0])
         top = tuple(
             (*self._spelled(int(other)), float(value)) for other, value in zip(ids, values, strict=True)

@@ -44,7 +44,7 @@ def _exchange(one: Exchange) -> dict[str, Any]:
         "picture": None if one.picture is None else one.picture + 1,
         "question": one.typed,
         "asked": one.asked,
-        "region": region_json(one.region),
+        "region": None if one.region is None else region_json(one.region),
         "shown": None if one.sight is None or one.sight.frame == WHOLE else one.sight.frame.model_dump(),
         "answer": one.answer,
         "boxes": [
@@ -56,10 +56,8 @@ def _exchange(one: Exchange) -> dict[str, Any]:
     }
 
 
-def region_json(region: Region | None) -> dict[str, Any] | None:
+def region_json(region: Region) -> dict[str, Any]:
     """A region for files: its box, and the point or the path that it stands for."""
-    if region is None:
-        return None
     return {
         "box": region.box.model_dump(),
         "point": None if region.point is None else region.point.model_dump(),

@@ -1,15 +1,13 @@
 """The page of the web chat, in Gradio: the viewer on the left, the conversation on the right.
 
 Gradio finds out what a handler takes from its annotations, so this module imports it at the top; the command in
-:mod:`medllava.serve.web` imports this module only when it starts to serve.
+:mod:`medllava.serve.web` imports this module only when it starts to serve. What the page holds is in
+:mod:`medllava.serve.session`, who answers in :mod:`medllava.serve.answering`; here both are put on the screen.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
-import html
 import io
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -18,69 +16,131 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from medllava.errors import DataError, ServiceError
-from medllava.geometry import Box, format_box, parse_boxes
-from medllava.images import BOX_COLOURS, draw_boxes, load_image, to_data_uri
+from medllava.errors import DataError
+from medllava.geometry import parse_boxes
+from medllava.images import draw_boxes, load_image, to_data_uri
+from medllava.jsonl import Appender
 from medllava.regions import POINT_SIDE, mentions_region
-from medllava.serve.client import Worker, WorkerState
-from medllava.serve.session import Picture, Session, open_picture, region_of, view_of
+from medllava.serve.answering import Choice, Workers
+from medllava.serve.client import Worker
+from medllava.serve.export import as_geojson, as_json, as_markdown, read_geojson, region_json
+from medllava.serve.phrases import colour_of, phrases_of
+from medllava.serve.session import Exchange, Picture, Session, open_picture, region_of, view_of
 
-PREVIEW_SIDE = 900
 THUMBNAIL_HEIGHT = 124
-STATUS_S = 3.0
-"""How often an open page asks the workers how they are."""
+STATUS_S = 2.0
+"""How often an open page asks the workers how they are; with the time a worker may take, a change shows within 5 s."""
+CORNERS_SHOWN = 200
+"""Corners of a loaded outline that are drawn; it is asked about with all of them."""
 
 
 # -- what the page shows
 
 
-def header(states: Sequence[WorkerState], chosen: str) -> str:
-    """The line on top: name, caution, and how the chosen worker is."""
-    state = next((state for state in states if state.url == chosen), states[0])
-    model = f"<b>{html.escape(state.model)}</b> " if state.model else ""
-    return (
-        '<div class="head"><span class="name">med<i>llava</i></span>'
-        '<span class="caution">Research only, not for diagnosis. Nothing you open or ask is stored.</span>'
-        f'<span class="worker"><span class="dot {state.status}"></span><span>{model}{html.escape(state.detail)}</span>'
-        "</span></div>"
-    )
-
-
-def messages(session: Session) -> list[dict[str, str]]:
-    """The conversation as Gradio's chatbot takes it."""
-    notes = {"stopped": "*(stopped)*", "done": "*(an empty answer)*", "answering": "…"}
-    shown = []
-    for one in session.exchanges:
-        said = one.answer if one.state in {"done", "answering"} and one.answer else (
-            f"{one.answer}\n\n**Not answered.** {one.note}" if one.state == "failed"
-            else f"{one.answer} {notes[one.state]}"
+def viewer_of(session: Session, **more: Any) -> Any:
+    """The shown picture with the places of the drawn answer, then the regions that were loaded for it."""
+    picture = session.picture()
+    boxes: list[dict[str, Any]] = []
+    if session.drawn is not None and session.drawn.picture == session.shown:
+        boxes += [
+            {"box": list(place.box.as_tuple()), "label": str(number), "colour": place.colour}
+            for number, place in enumerate(session.drawn.places(), start=1)
+        ]
+    for one in session.loaded.get(session.shown, []) if session.shown is not None else []:
+        step = max(1, len(one.region.path) // CORNERS_SHOWN)
+        path = [list(corner) for corner in one.region.path[::step]]
+        boxes.append(
+            {"box": list(one.region.box.as_tuple()), "label": one.name, "colour": one.colour, "path": path or None}
         )
-        shown += [{"role": "user", "content": one.asked}, {"role": "assistant", "content": said.strip()}]
-    return shown
+    shown = picture.viewer() if picture else {"src": "", "size": [0, 0]}
+    return gr.HTML(**shown, picture=session.shown or 0, boxes=boxes, **more)
 
 
-def drawn_answer(picture: Picture, boxes: Sequence[Box]) -> str:
-    """The boxes of the answer: drawn on the picture, listed, and to download. Empty without boxes."""
-    if not boxes:
-        return ""
-    drawn = draw_boxes(picture.image, boxes, [str(number) for number in range(1, len(boxes) + 1)])
-    full = io.BytesIO()
-    drawn.save(full, "JPEG", quality=92)
-    preview = drawn.copy()
-    preview.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.LANCZOS)
-    items = "".join(
-        f'<li><b style="background:{BOX_COLOURS[n % len(BOX_COLOURS)]}">{n + 1}</b>{format_box(box)}</li>'
-        for n, box in enumerate(boxes)
+def chat_of(session: Session, **more: Any) -> Any:
+    """The conversation, as ``chat.js`` draws it."""
+    drawn = session.exchanges.index(session.drawn) if session.drawn in session.exchanges else None
+    return gr.HTML(
+        exchanges=[exchange_of(one, len(session.pictures) > 1) for one in session.exchanges], current=drawn,
+        busy=session.answering, pictures=len(session.pictures), **more,
     )
-    width, height = picture.image.size
-    return (
-        f'<div class="drawn"><img alt="the answer\'s boxes drawn on the image" src="{to_data_uri(preview, "JPEG")}">'
-        f"<div><h4>In the answer</h4><ol>{items}</ol>"
-        "<p>x1, y1, x2, y2 in 0..1 of the original image"
-        f" ({width} &times; {height} px), origin top left.</p>"
-        f'<a download="answer.jpg" href="data:image/jpeg;base64,{base64.b64encode(full.getvalue()).decode()}">'
-        "Save this picture</a></div></div>"
+
+
+def exchange_of(one: Exchange, many: bool) -> dict[str, Any]:
+    return {
+        "picture": None if one.picture is None else one.picture + 1, "many": many, "typed": one.typed,
+        "asked": one.asked, "answer": one.answer, "parts": parts_of(one), "state": one.state, "note": one.note,
+        "model": one.model, "vote": one.vote,
+    }
+
+
+def parts_of(one: Exchange) -> list[dict[str, Any]]:
+    """The answer in pieces: plain text, and phrases with the number and colour of their place."""
+    parts: list[dict[str, Any]] = []
+    behind = 0
+    # While it streams, a phrase may still grow.
+    for phrase in phrases_of(one.answer) if one.sight and one.state != "answering" else []:
+        parts.append({"text": one.answer[behind : phrase.start], "index": None})
+        text = one.answer[phrase.start : phrase.end]
+        parts.append({"text": text, "index": phrase.index, "colour": colour_of(phrase.index)})
+        behind = phrase.end
+    parts.append({"text": one.answer[behind:], "index": None})
+    return [part for part in parts if part["text"]]
+
+
+def tray_of(session: Session) -> Any:
+    """Pictures of the conversation and loaded regions, as ``tray.js`` draws them."""
+    loaded = session.loaded.get(session.shown, []) if session.shown is not None else []
+    return gr.HTML(
+        pictures=[picture.thumbnail for picture in session.pictures] if len(session.pictures) > 1 else [],
+        shown=session.shown, regions=[{"name": one.name, "colour": one.colour} for one in loaded],
     )
+
+
+def head_of(workers: Workers, chosen: Choice) -> Any:
+    """The line on top, as ``head.js`` draws it."""
+    state, model = workers.state(chosen), workers.model(chosen)
+    return gr.HTML(
+        choices=[[str(choice), label] for choice, label in workers.choices()], value=str(chosen),
+        status=state.status if state else "", model=model.name if model else "", detail=state.detail if state else "",
+    )
+
+
+def drawn_picture(session: Session) -> bytes:
+    """The shown picture as a JPEG with the places that are drawn on it. Raises DataError."""
+    picture, drawn = session.picture(), session.drawn
+    if picture is None:
+        raise DataError("there is no picture to save.")
+    places = drawn.places() if drawn and drawn.picture == session.shown else []
+    boxes = [place.box for place in places]
+    if isinstance(picture, Picture):
+        image = picture.image
+    else:
+        # Of a slide, the field that was asked about, with the answer's own boxes.
+        sight = drawn.sight if drawn and places else picture.sight(None, None)
+        assert sight is not None
+        image, boxes = load_image(sight.uri), parse_boxes(drawn.answer) if drawn and places else []
+    buffer = io.BytesIO()
+    labels = [str(number) for number in range(1, len(boxes) + 1)]
+    draw_boxes(image, boxes, labels).save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def saved_file(session: Session, kind: str, with_pictures: bool) -> dict[str, Any]:
+    """What the browser saves: name, type and text, or bytes in base64. Raises DataError."""
+    if kind == "image":
+        data = base64.b64encode(drawn_picture(session)).decode()
+        return {"name": "picture.jpg", "type": "image/jpeg", "base64": data}
+    if kind == "geojson":
+        if session.shown is None:
+            raise DataError("there is no picture whose regions could be saved.")
+        text = as_geojson(session, session.shown)
+        return {"name": f"regions-picture-{session.shown + 1}.geojson", "type": "application/geo+json", "text": text}
+    if kind == "json":
+        text = as_json(session, with_pictures=with_pictures)
+        return {"name": "conversation.json", "type": "application/json", "text": text}
+    return {
+        "name": "conversation.md", "type": "text/markdown", "text": as_markdown(session, with_pictures=with_pictures)
+    }
 
 
 def example_strip(pictures: Sequence[Path]) -> str:
@@ -104,30 +164,44 @@ element.addEventListener("click", (event) => {
 """
 
 
-def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequence[str]) -> gr.Blocks:
-    """The page. ``workers``: at least one. ``examples``: picture files to choose from. ``questions``: to click."""
+def part(name: str, **props: Any) -> gr.HTML:
+    """One of the page's own components: NAME.html and NAME.js beside this file."""
     here = Path(__file__).parent
-    by_url = {worker.url: worker for worker in workers}
-    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    return gr.HTML(
+        html_template=(here / f"{name}.html").read_text(encoding="utf-8"),
+        js_on_load=(here / f"{name}.js").read_text(encoding="utf-8"), apply_default_css=False, **props,
+    )
 
-    async def all_states() -> list[WorkerState]:
-        return list(await asyncio.gather(*(worker.state() for worker in workers)))
+
+def build(
+    workers: Sequence[Worker], examples: Sequence[Path], questions: Sequence[str], *, feedback: Path | None = None
+) -> gr.Blocks:
+    """The page. ``workers``: at least one. ``examples``: picture files to choose from. ``questions``: to click.
+    ``feedback``: file to append votes to; None offers no votes."""
+    crew = Workers(workers)
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     def unchanged(count: int, why: str) -> tuple[Any, ...]:
         """Tell what is wrong in a note of its own, and leave the page as it is (gr.Error would blank it)."""
         gr.Warning(why)
         return (gr.skip(),) * count
 
+    def all_of(session: Session, **viewer: Any) -> tuple[Any, ...]:
+        """Viewer, conversation and tray."""
+        return viewer_of(session, **viewer), chat_of(session), tray_of(session)
+
+    # -- pictures and regions
+
     def show_picture(session: Session, source: str | Path) -> tuple[Any, ...]:
+        if session.answering:
+            return unchanged(3, "Still answering: wait for it or press Stop, then open another picture.")
         try:
             picture = open_picture(source)
         except DataError as error:
             why = str(error).removeprefix("image data URI: ")
-            return unchanged(4, f"This picture cannot be opened: {why}")
-        session.forget()
+            return unchanged(3, f"This picture cannot be opened: {why}")
         session.open(picture)
-        viewer = gr.HTML(value=None, src=picture.uri, size=list(picture.image.size), boxes=[])
-        return session, viewer, messages(session), ""
+        return all_of(session, value=None)
 
     def open_file(session: Session, event: gr.EventData) -> tuple[Any, ...]:
         return show_picture(session, str(event.uri))
@@ -139,11 +213,71 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
     def open_example(session: Session, event: gr.EventData) -> tuple[Any, ...]:
         number = int(event.number)
         if not 0 <= number < len(examples):
-            return unchanged(4, f"There are {len(examples)} examples.")
+            return unchanged(3, f"There are {len(examples)} examples.")
         return show_picture(session, examples[number])
 
-    async def answer(session: Session, text: str, marked: Any, url: str) -> AsyncIterator[tuple[Any, ...]]:
-        """Streams: the messages, the viewer, the drawn answer, the text field."""
+    def choose_picture(session: Session, event: gr.EventData) -> tuple[Any, ...]:
+        try:
+            session.show(int(event.number))
+        except IndexError as error:
+            return unchanged(3, f"This picture cannot be shown: {error}.")
+        return all_of(session, value=None)
+
+    def load_regions(session: Session, event: gr.EventData) -> tuple[Any, ...]:
+        picture = session.picture()
+        if picture is None or session.shown is None:
+            return unchanged(2, "Open the picture first that the regions belong to.")
+        try:
+            session.loaded[session.shown] = read_geojson(str(event.text), picture.size)
+        except DataError as error:
+            return unchanged(2, f"These regions cannot be read: {error}")
+        return viewer_of(session), tray_of(session)
+
+    def regions_too_large(event: gr.EventData) -> None:
+        unchanged(0, f"{event.megabytes} MB is too much for a file of regions: export the annotations without cells.")
+
+    def remove_regions(session: Session) -> tuple[Any, ...]:
+        if session.shown is not None:
+            session.loaded.pop(session.shown, None)
+        return viewer_of(session), tray_of(session)
+
+    def choose_region(session: Session, event: gr.EventData) -> Any:
+        loaded = session.loaded.get(session.shown, []) if session.shown is not None else []
+        number = int(event.number)
+        if not 0 <= number < len(loaded):
+            return unchanged(1, f"There are {len(loaded)} regions.")[0]
+        return viewer_of(session, value={"picture": session.shown, "view": None, **region_json(loaded[number].region)})
+
+    def show_place(session: Session, event: gr.EventData) -> tuple[Any, ...]:
+        """A phrase of an earlier answer was clicked: draw its places, then flash the one."""
+        number = int(event.number)
+        if not 0 <= number < len(session.exchanges):
+            return unchanged(3, "This answer is gone.")
+        one = session.exchanges[number]
+        if one.picture is not None and one.picture != session.shown:
+            session.show(one.picture)
+        session.drawn = one
+        session.flashes += 1
+        chat = chat_of(session, flash={"count": session.flashes, "index": int(event.index)})
+        return viewer_of(session), chat, tray_of(session)
+
+    # -- questions and answers
+
+    async def stream(
+        session: Session, exchange: Exchange, choice: str, put_back: str
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """Viewer, conversation, tray and text field while the exchange is answered."""
+        yield *all_of(session), ""
+        async for _ in crew.reply(session, exchange, Choice.parse(choice)):
+            yield gr.skip(), chat_of(session), gr.skip(), gr.skip()
+        if exchange not in session.exchanges:
+            return  # dropped meanwhile
+        if exchange.picture == session.shown:
+            session.drawn = exchange
+        failed = exchange.state == "failed" and not exchange.answer
+        yield viewer_of(session), chat_of(session), gr.skip(), put_back if failed and put_back else gr.skip()
+
+    async def answer(session: Session, text: str, marked: Any, choice: str) -> AsyncIterator[tuple[Any, ...]]:
         if session.answering:
             yield unchanged(4, "Still answering: wait for it or press Stop, then ask again.")
             return
@@ -155,99 +289,160 @@ def build(workers: Sequence[Worker], examples: Sequence[Path], questions: Sequen
             yield unchanged(4, "Draw a box on the image or click a point first.")
             return
         exchange = session.ask(text, region, view_of(marked))
-        picture = session.picture()
-        yield messages(session), gr.HTML(boxes=[]), "", ""
-        turns, pictures = session.prompt(exchange)
-        pieces = by_url[url].ask(turns, pictures)
-        try:
-            async with contextlib.aclosing(pieces):  # type: ignore[type-var]
-                async for piece in pieces:
-                    if exchange.state != "answering":
-                        return  # stopped meanwhile; the page says so, and a late piece must not write over it
-                    exchange.answer += piece
-                    yield messages(session), gr.skip(), gr.skip(), gr.skip()
-        except ServiceError as error:
-            exchange.state, exchange.note = "failed", str(error)
-            yield messages(session), gr.skip(), gr.skip(), text
+        async for shown in stream(session, exchange, choice, text):
+            yield shown
+
+    async def retry(session: Session, choice: str) -> AsyncIterator[tuple[Any, ...]]:
+        if session.answering or not session.exchanges:
+            yield unchanged(4, "There is no answer to ask for again.")
             return
-        exchange.state = "done"
-        boxes = [place.box for place in exchange.places()]
-        # In a thread: on a large picture this takes a second, in which the other pages would stand still.
-        drawn = await asyncio.to_thread(drawn_answer, picture, boxes) if isinstance(picture, Picture) else ""
-        yield messages(session), gr.HTML(boxes=[list(box.as_tuple()) for box in boxes]), drawn, gr.skip()
+        async for shown in stream(session, session.again(len(session.exchanges) - 1), choice, ""):
+            yield shown
 
-    def stopped(session: Session) -> list[dict[str, str]]:
+    async def edit(session: Session, choice: str, event: gr.EventData) -> AsyncIterator[tuple[Any, ...]]:
+        number, text = int(event.number), str(event.text)
+        if not 0 <= number < len(session.exchanges):
+            yield unchanged(4, "This question is gone.")
+            return
+        if not text.strip() and session.exchanges[number].region is None:
+            yield unchanged(4, "Type a question.")
+            return
+        async for shown in stream(session, session.again(number, text), choice, ""):
+            yield shown
+
+    def undo(session: Session) -> tuple[Any, ...]:
+        if not session.exchanges:
+            return unchanged(4, "There is nothing to undo.")
+        dropped = session.cut(len(session.exchanges) - 1)
+        if session.shown is not None:
+            session.show(session.shown)
+        return *all_of(session), dropped.typed
+
+    def stopped(session: Session) -> Any:
         session.stop()
-        return messages(session)
+        return chat_of(session)
 
-    def clear(session: Session) -> tuple[Any, ...]:
-        session.exchanges = []
-        return session, messages(session), gr.HTML(value=None, boxes=[]), "", ""
+    def restart(session: Session) -> tuple[Any, ...]:
+        session.forget()
+        return *all_of(session, value=None), ""
+
+    def save(session: Session, event: gr.EventData) -> Any:
+        try:
+            file = saved_file(session, str(event.kind), bool(event.pictures))
+        except DataError as error:
+            return unchanged(1, f"Nothing to save: {error}")[0]
+        session.saves += 1
+        return gr.HTML(download={"count": session.saves, **file})
+
+    def vote(session: Session, event: gr.EventData) -> Any:
+        number, given = int(event.number), str(event.vote)
+        if feedback is None or given not in {"up", "down"} or not 0 <= number < len(session.exchanges):
+            return gr.skip()
+        one = session.exchanges[number]
+        one.vote = "up" if given == "up" else "down"
+        row = {
+            "vote": given, "question": one.asked, "answer": one.answer,
+            "region": None if one.region is None else region_json(one.region), "model": one.model,
+        }
+        try:
+            with Appender(feedback) as file:
+                file.write(row)
+        except OSError as error:
+            one.vote = None
+            gr.Warning(f"The vote could not be written ({error.strerror}); tell the operator of this page.")
+        return chat_of(session)
+
+    async def ask_api(image: str, question: str, box: list[float] | None = None) -> dict[str, Any]:
+        """Ask one question about one picture.
+
+        image: data URI such as "data:image/png;base64,...", or "" for none. question: text. box: x1, y1, x2, y2 in 0..1
+        of the image, or null. Returns {"text", "boxes": [[x1, y1, x2, y2], ...], "model", "note"}.
+        """
+        alone = Session()
+        try:
+            if image:
+                alone.open(open_picture(image))
+            exchange = alone.ask(question, region_of({"box": box}))
+        except DataError as error:
+            raise gr.Error(str(error)) from error
+        if box is not None and exchange.region is None:
+            raise gr.Error("box: expected [x1, y1, x2, y2] in 0..1 of the image, with x1 < x2 and y1 < y2")
+        await crew.refresh()
+        async for _ in crew.reply(alone, exchange, crew.kept(crew.first())):
+            pass
+        if exchange.state != "done":
+            raise gr.Error(exchange.note)
+        boxes = [box.model_dump() for box in parse_boxes(exchange.answer)]
+        return {"text": exchange.answer, "boxes": boxes, "model": exchange.model, "note": exchange.note}
+
+    # -- the page itself
 
     def leave(request: gr.Request) -> None:
-        # Gradio would keep a closed page's state, picture included, for an hour.
+        # Gradio would keep a closed page's state, pictures included, for an hour.
         page.state_holder.session_data.pop(request.session_hash, None)
 
-    async def refresh(url: str) -> tuple[Any, ...]:
-        states = await all_states()
-        alive = [state for state in states if state.status != "unreachable"] or states
-        chosen = url if any(state.url == url for state in alive) else alive[0].url
-        choices = [(f"{state.model or state.detail} ({state.url})", state.url) for state in alive]
-        return header(states, chosen), gr.Dropdown(choices=choices, value=chosen)
+    async def refresh(choice: str) -> Any:
+        await crew.refresh()
+        return head_of(crew, crew.kept(Choice.parse(choice)))
 
     with gr.Blocks(title="medllava", analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session())
-        head = gr.HTML('<div class="head"><span class="name">med<i>llava</i></span></div>')
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=6, min_width=420):
-                viewer = gr.HTML(
-                    value=None, html_template=(here / "viewer.html").read_text(encoding="utf-8"),
-                    js_on_load=(here / "viewer.js").read_text(encoding="utf-8"), apply_default_css=False,
-                    elem_id="viewer", src="", size=[0, 0], boxes=[], colours=list(BOX_COLOURS), point_side=POINT_SIDE,
+        head = part("head", elem_id="head", value=str(crew.first()), choices=[], feedback=feedback is not None)
+        with gr.Row(equal_height=False, elem_id="desk"):
+            with gr.Column(scale=6, min_width=380):
+                viewer = part(
+                    "viewer", value=None, elem_id="viewer", src="", size=[0, 0], picture=0, boxes=[],
+                    point_side=POINT_SIDE,
                 )
+                tray = part("tray", elem_id="tray", pictures=[], shown=None, regions=[])
                 strip = gr.HTML(
                     example_strip(examples), js_on_load=PICK_EXAMPLE, elem_id="examples", apply_default_css=False
                 )
             with gr.Column(scale=5, min_width=360):
-                choice = gr.Dropdown(
-                    [worker.url for worker in workers], value=workers[0].url, label="Model", visible=len(workers) > 1,
-                    elem_id="model",
-                )
-                chat = gr.Chatbot(
-                    show_label=False, height="calc(100vh - 410px)", min_height=260, elem_id="chat",
-                    buttons=["copy_all"], feedback_options=None, latex_delimiters=[], allow_file_downloads=False,
-                    layout="bubble",
-                    placeholder="**Open an image, draw a box on it or click a point, and ask.**<br>"
-                    "Boxes in the answer are drawn on the image.",
+                chat = part(
+                    "chat", elem_id="chat", exchanges=[], current=None, busy=False, pictures=0, looks=False,
+                    feedback=feedback is not None,
                 )
                 with gr.Row(elem_classes="questions", elem_id="questions"):
                     chips = [gr.Button(question, size="sm", variant="secondary") for question in questions]
-                with gr.Row():
+                with gr.Row(elem_id="composer"):
                     text = gr.Textbox(
-                        show_label=False, container=False, placeholder="Ask about the image or region",
-                        lines=1, max_lines=6, scale=6, elem_id="question", autofocus=True,
+                        label="Question", container=False, placeholder="Ask about the image or region", lines=1,
+                        max_lines=6, scale=6, elem_id="question", autofocus=True,
                     )
                     ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
                     stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
-                    new = gr.Button("Clear", scale=1, min_width=80, elem_id="clear")
-                drawn = gr.HTML("", elem_id="drawn", apply_default_css=False)
 
-        opened = [session, viewer, chat, drawn]
-        told = [chat, viewer, drawn, text]
+        opened = [viewer, chat, tray]
+        told = [viewer, chat, tray, text]
         running = [
-            event(answer, [session, asked, viewer, choice], told, concurrency_limit=None, **private)
+            event(answer, [session, asked, viewer, head], told, concurrency_limit=None, **private)
             for event, asked in [(text.submit, text), (ask.click, text), *((chip.click, chip) for chip in chips)]
         ]
-        viewer.opened(open_file, session, opened, cancels=running, **private)
+        running += [
+            event(handler, [session, head], told, concurrency_limit=None, **private)
+            for event, handler in [(chat.retry, retry), (chat.edit, edit)]
+        ]
+        viewer.opened(open_file, session, opened, **private)
         viewer.too_large(too_large, None, None, **private)
-        strip.picked(open_example, session, opened, cancels=running, **private)
+        strip.picked(open_example, session, opened, **private)
+        tray.shown(choose_picture, session, opened, **private)
+        tray.loaded(load_regions, session, [viewer, tray], **private)
+        tray.refused(regions_too_large, None, None, **private)
+        tray.removed(remove_regions, session, [viewer, tray], **private)
+        tray.chosen(choose_region, session, viewer, **private)
+        chat.place(show_place, session, opened, **private)
+        chat.save(save, session, chat, **private)
+        chat.vote(vote, session, chat, **private)
         # First the end of the stream, then what the page says about it: together, a late piece may be shown last.
         stop.click(None, cancels=running, **private).then(stopped, session, chat, **private)
-        for event in (new.click, chat.clear):
-            event(clear, session, [session, chat, viewer, drawn, text], cancels=running, **private)
-        gr.Timer(STATUS_S).tick(refresh, choice, [head, choice], queue=False, **private)
-        page.load(refresh, choice, [head, choice], **private)
+        chat.undo(undo, session, told, cancels=running, **private)
+        chat.restart(restart, session, told, cancels=running, **private)
+        gr.Timer(STATUS_S).tick(refresh, head, head, queue=False, **private)
+        page.load(lambda: Session(), None, session, **private)
+        page.load(refresh, head, head, **private)
         page.unload(leave)
+        gr.api(ask_api, api_name="ask", concurrency_limit=None)
     return page
 
 

@@ -91,6 +91,10 @@ class Source(Protocol):
     def size(self) -> tuple[int, int]: ...
     @property
     def thumbnail(self) -> str: ...
+    def viewer(self) -> dict[str, Any]:
+        """How the viewer shows it: the properties that ``viewer.js`` names."""
+        ...
+
     def sight(self, marked: Box | None, view: Box | None) -> Sight:
         """What is sent with a question about ``marked`` (None: about what is visible), while ``view`` is the visible
         part (None if the viewer did not say)."""
@@ -108,6 +112,9 @@ class Picture:
     @property
     def size(self) -> tuple[int, int]:
         return self.image.size
+
+    def viewer(self) -> dict[str, Any]:
+        return {"src": self.uri, "size": list(self.size)}
 
     def sight(self, marked: Box | None, view: Box | None) -> Sight:
         return Sight(self.uri)
@@ -133,6 +140,10 @@ class Exchange:
     """What a person should know of how the answer came about: stopped, failed, moved to another worker."""
     model: str = ""
     vote: Literal["up", "down"] | None = None
+
+    def waits(self) -> bool:
+        """True while it is being answered."""
+        return self.state == "answering"
 
     def address(self, ways: Sequence[str]) -> None:
         """Put the question as a model is asked that takes regions in these ways, see :mod:`medllava.regions`."""
@@ -164,10 +175,15 @@ class Session:
     exchanges: list[Exchange] = field(default_factory=list)
     loaded: dict[int, list[NamedRegion]] = field(default_factory=dict)
     """Regions read from files, by the place of their picture."""
+    drawn: Exchange | None = None
+    """The exchange whose places are drawn on the picture."""
+    flashes: int = 0
+    saves: int = 0
+    """How often a place was flashed and a file was saved, so that the browser does each once."""
 
     @property
     def answering(self) -> bool:
-        return bool(self.exchanges) and self.exchanges[-1].state == "answering"
+        return bool(self.exchanges) and self.exchanges[-1].waits()
 
     def picture(self) -> Source | None:
         return None if self.shown is None else self.pictures[self.shown]
@@ -175,7 +191,15 @@ class Session:
     def open(self, picture: Source) -> None:
         """Add a picture to the conversation and show it."""
         self.pictures.append(picture)
-        self.shown = len(self.pictures) - 1
+        self.show(len(self.pictures) - 1)
+
+    def show(self, number: int) -> None:
+        """Show picture ``number``, with the places of the last answer about it. Raises IndexError."""
+        if not 0 <= number < len(self.pictures):
+            raise IndexError(f"there are {len(self.pictures)} pictures")
+        self.shown = number
+        about = [one for one in self.exchanges if one.picture == number and one.places()]
+        self.drawn = about[-1] if about else None
 
     def ask(self, typed: str, region: Region | None = None, view: Box | None = None) -> Exchange:
         """Append a question about the shown picture, to be answered."""
@@ -184,6 +208,7 @@ class Session:
         exchange = Exchange(self.shown, typed.strip(), region, sight)
         exchange.address(("text",))
         self.exchanges.append(exchange)
+        self.drawn = None
         return exchange
 
     def stop(self) -> None:
@@ -198,7 +223,7 @@ class Session:
         exchange = Exchange(before.picture, wanted, before.region, before.sight)
         exchange.address(("text",))
         self.exchanges.append(exchange)
-        self.shown = self.shown if before.picture is None else before.picture
+        self.shown, self.drawn = (self.shown if before.picture is None else before.picture), None
         return exchange
 
     def cut(self, number: int) -> Exchange:
@@ -208,12 +233,13 @@ class Session:
         self.stop()
         # A new list: an answer that is just being stopped ends in the old one.
         self.exchanges, dropped = self.exchanges[:number], self.exchanges[number]
+        self.drawn = self.drawn if self.drawn in self.exchanges else None
         return dropped
 
     def forget(self) -> None:
         """A new conversation: no pictures, no exchanges."""
         self.stop()
-        self.pictures, self.shown, self.exchanges, self.loaded = [], None, [], {}
+        self.pictures, self.shown, self.exchanges, self.loaded, self.drawn = [], None, [], {}, None
 
     def prompt(self, exchange: Exchange) -> tuple[list[Turn], dict[int, str]]:
         """The turns up to ``exchange``'s question, and by turn the picture that comes with it: each where it first

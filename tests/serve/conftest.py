@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import socket
 import threading
 import time
@@ -14,9 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import uvicorn
 from PIL import Image, ImageDraw
+from playwright.sync_api import Browser, Page, sync_playwright
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -27,7 +30,9 @@ from medllava.errors import PromptTooLong
 from medllava.geometry import format_box, parse_boxes
 from medllava.model.decoding import Completion, TokenLogprob
 from medllava.model.tiny import tiny_checkpoint
+from medllava.phantom.tissue import Finding, render_tissue, sample_stain
 from medllava.serve.app import Limits, create_app
+from medllava.serve.client import Worker
 
 PAUSE_S = 0.02
 
@@ -321,4 +326,75 @@ def photograph(tmp_path: Path) -> Path:
     notes.add_text("Comment", "PATIENT-4711")
     path = tmp_path / "patient-4711.png"
     image.save(path, pnginfo=notes)
+    return path
+
+
+# -- the web chat in a real browser
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def tab(browser: Browser) -> Iterator[Page]:
+    """A tab that notes every request that would leave this machine, and every script error."""
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    outside: list[str] = []
+    errors: list[str] = []
+    local = re.compile(r"(https?://127\.0\.0\.1[:/]|data:|blob:)")
+    page.on("request", lambda request: None if local.match(request.url) else outside.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+    page.set_default_timeout(20_000)
+    yield page
+    page.close()
+    assert outside == []
+    assert errors == []
+
+
+@pytest.fixture
+def serve_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """Serve the web chat for workers at some URLs; returns its address."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    from medllava.serve.page import build, launch
+    from medllava.serve.web import QUESTIONS, free_port
+
+    pages: list[Any] = []
+
+    def start(*workers: str, examples: tuple[Path, ...] = (), root_path: str = "", **options: Any) -> str:
+        page = build([Worker(url) for url in workers], examples, QUESTIONS, **options)
+        pages.append(page)
+        port = free_port("127.0.0.1", 0)
+        launch(page, "127.0.0.1", port, root_path=root_path)
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for page in pages:
+        page.close(verbose=False)
+
+
+@pytest.fixture
+def tissue(tmp_path: Path) -> Path:
+    """An H&E-like PNG of 1200 x 600 pixels, with a text in its metadata."""
+    from PIL.PngImagePlugin import PngInfo
+
+    rng = np.random.default_rng(13)
+    # The scripted model says "gland" and "vessel" of these two places.
+    field = [Finding("gland", (120, 120, 480, 360)), Finding("blood vessel", (690, 140, 1050, 400))]
+    notes = PngInfo()
+    notes.add_text("Comment", "PATIENT-4711")
+    path = tmp_path / "patient-4711.png"
+    Image.fromarray(render_tissue(rng, 1200, 600, field, sample_stain(rng), scale=1.4)).save(path, pnginfo=notes)
     return path

@@ -14,91 +14,30 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from medllava.geometry import Box
 from medllava.images import draw_boxes, load_image, to_data_uri
 from medllava.model.answerer import Answerer
 from medllava.phantom.tissue import Finding, render_tissue, sample_field, sample_stain
-from medllava.serve.client import Worker
-from medllava.serve.page import build, launch
 from medllava.serve.session import Picture
-from medllava.serve.web import QUESTIONS, free_port
 
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]
 expect.set_options(timeout=20_000)
 
 Wait = Callable[..., None]
 Serve = Callable[..., str]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
-
-
 @pytest.fixture
-def tab(browser: Browser) -> Iterator[Page]:
-    """A tab that notes every request that would leave this machine, and every script error."""
-    page = browser.new_page(viewport={"width": 1440, "height": 900})
-    outside: list[str] = []
-    errors: list[str] = []
-    local = re.compile(r"(https?://127\.0\.0\.1[:/]|data:|blob:)")
-    page.on("request", lambda request: None if local.match(request.url) else outside.append(request.url))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.set_default_timeout(20_000)
-    yield page
-    page.close()
-    assert outside == []
-    assert errors == []
-
-
-@pytest.fixture
-def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """Serve the web chat for workers at some URLs; returns its address."""
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    pages: list[Any] = []
-
-    def start(*workers: str, examples: tuple[Path, ...] = (), root_path: str = "") -> str:
-        page = build([Worker(url) for url in workers], examples, QUESTIONS)
-        pages.append(page)
-        port = free_port("127.0.0.1", 0)
-        launch(page, "127.0.0.1", port, root_path=root_path)
-        return f"http://127.0.0.1:{port}"
-
-    yield start
-    for page in pages:
-        page.close(verbose=False)
-
-
-@pytest.fixture
-def tissue(tmp_path: Path) -> Path:
-    """An H&E-like PNG of 1200 x 600 pixels, with a text in its metadata."""
-    from PIL.PngImagePlugin import PngInfo
-
-    rng = np.random.default_rng(13)
-    # The scripted model says "gland" and "vessel" of these two places.
-    field = [Finding("gland", (120, 120, 480, 360)), Finding("blood vessel", (690, 140, 1050, 400))]
-    notes = PngInfo()
-    notes.add_text("Comment", "PATIENT-4711")
-    path = tmp_path / "patient-4711.png"
-    Image.fromarray(render_tissue(rng, 1200, 600, field, sample_stain(rng), scale=1.4)).save(path, pnginfo=notes)
-    return path
+def serve(serve_page: Serve) -> Serve:
+    return serve_page
 
 
 @pytest.fixture
@@ -166,7 +105,7 @@ def test_open_draw_ask_and_see_the_answer_drawn(
     images, turns, _ = worker.answerer.asked[-1]
     assert turns[0].text == "<image>\nWhat is in the region [0.55, 0.20, 0.90, 0.70]?"
     assert images[0].tobytes() == load_image(tissue).tobytes()
-    expect(tab.locator("#drawn li")).to_have_count(1)
+    expect(last_answer(tab).locator(".phrase")).to_have_text("The region [0.55, 0.20, 0.90, 0.70]")
 
     # A second question streams in; its box appears in the viewer and in the drawn picture.
     tab.click("#viewer .whole")
@@ -174,10 +113,11 @@ def test_open_draw_ask_and_see_the_answer_drawn(
     expect(last_answer(tab)).to_have_text(re.compile("^A( gland)?"))
     expect(last_answer(tab)).to_have_text("A gland. [0.10, 0.20, 0.40, 0.60]")
     assert [turn.role for turn in worker.answerer.asked[-1][1]] == ["user", "assistant", "user"]
-    expect(tab.locator("#drawn li")).to_have_text(re.compile(r"\[0\.10, 0\.20, 0\.40, 0\.60\]"))
-    href = tab.locator("#drawn a").get_attribute("href")
-    assert href is not None
-    saved = load_image(href)
+    expect(last_answer(tab).locator(".phrase")).to_have_text("A gland. [0.10, 0.20, 0.40, 0.60]")
+    tab.click("#chat summary")
+    with tab.expect_download() as download:
+        tab.click("#chat [data-kind=image]")
+    saved = load_image(download.value.path())
     expected = draw_boxes(load_image(tissue), [Box(x1=0.1, y1=0.2, x2=0.4, y2=0.6)], ["1"])
     assert saved.size == (1200, 600)
     assert np.abs(np.asarray(saved, int) - np.asarray(expected, int)).mean() < 4  # JPEG
@@ -216,7 +156,7 @@ def test_a_drawn_box_is_exact_in_the_original(
     drag(tab, end, start)  # from the lower right to the upper left
     ask(tab, "What do you see?")
     expect(last_answer(tab)).to_contain_text("A gland.")
-    expect(tab.locator("#drawn li")).to_have_count(1)  # the end of the answer
+    expect(tab.locator("#chat .phrase")).to_have_count(1)  # the end of the answer
     drawn = [v * side for v, side in zip(marked[-1]["box"], (width, height) * 2, strict=True)]
     meant = [(start[0] - x) / scale, (start[1] - y) / scale, (end[0] - x) / scale, (end[1] - y) / scale]
     assert np.allclose(drawn, meant, atol=1.0)  # pixels of the original
@@ -248,7 +188,8 @@ def test_a_point_an_example_and_a_tiff(worker: Any, serve: Serve, tab: Page, tis
     tab.set_input_files("#viewer input[type=file]", tmp_path / "deep.tif")
     expect(tab.locator("#viewer .size")).to_have_text("260 × 90 px")
     expect(region(tab)).to_have_text("whole image")
-    expect(tab.locator("#chat .message")).to_have_count(0)  # another picture, another conversation
+    expect(tab.locator("#chat .message")).to_have_count(2)  # another picture of the same conversation
+    expect(tab.locator("#tray .pictures button")).to_have_count(2)
 
 
 def test_each_fault_has_its_own_message(
@@ -324,14 +265,13 @@ def test_stop_and_leaving_end_the_generation(
 def test_two_workers_come_and_go(start_worker: Any, serve: Serve, tab: Page, wait: Wait) -> None:
     first, second = start_worker(), start_worker()
     tab.goto(serve(first.url, second.url))
-    expect(tab.locator("#model input")).to_have_value(f"scripted ({first.url})")
-    tab.click("#model input")
-    tab.get_by_role("option", name=f"scripted ({second.url})").click()
+    expect(tab.locator("#model option")).to_have_text([f"scripted ({first.url})", f"scripted ({second.url})"])
+    tab.get_by_label("Model").select_option(label=f"scripted ({second.url})")
     ask(tab, "hello")
     expect(last_answer(tab)).to_contain_text("A gland.")
     assert (len(first.answerer.asked), len(second.answerer.asked)) == (0, 1)
     second.stop()
-    expect(tab.locator("#model input")).to_have_value(f"scripted ({first.url})")
+    expect(tab.locator(".worker b")).to_have_text("scripted")  # nothing left to choose
     ask(tab, "hello again")
     wait(lambda: len(first.answerer.asked) == 1)
 
@@ -362,7 +302,7 @@ def test_nothing_of_a_chat_is_left_behind(
     open_image(tab, tissue)
     ask(tab, "Where is Mrs Miller's gland?")
     expect(last_answer(tab)).to_contain_text("A gland.")
-    expect(tab.locator("#drawn li")).to_have_count(1)
+    expect(tab.locator("#chat .phrase")).to_have_count(1)
     bytes_of_image = base64.b64decode(to_data_uri(load_image(tissue)).partition(",")[2])
     signs = [b"Mrs Miller", b"patient-4711", b"PATIENT-4711", bytes_of_image[2000:2100], tissue.read_bytes()[2000:2100]]
     assert holding(signs, files_under(roots) - before - {tissue}) == []
@@ -384,7 +324,7 @@ def test_a_closed_page_is_forgotten(worker: Any, serve: Serve, browser: Browser,
     tab.goto(serve(worker.url))
     open_image(tab, tissue)
     ask(tab, "Where is the gland?")
-    expect(tab.locator("#drawn li")).to_have_count(1)
+    expect(tab.locator("#chat .phrase")).to_have_count(1)
     assert pictures() == before + 1
     tab.close()
     wait(lambda: pictures() == before)

@@ -1,0 +1,28 @@
+// The line on top: name, caution, and how the chosen model is. Gradio runs this with `element`, `props`, `trigger`,
+// `watch`. Python sets:  choices  [[value, label], ...]    value  the chosen one    status, model, detail  how it is
+const find = (selector) => element.querySelector(selector);
+const select = find("select");
+
+function show() {
+  const choices = props.choices || [];
+  const labels = JSON.stringify(choices);
+  if (select.dataset.labels !== labels) {
+    select.dataset.labels = labels;
+    select.replaceChildren(...choices.map(([value, label]) => new Option(label, value)));
+  }
+  select.value = props.value;
+  find(".model").hidden = choices.length < 2;
+  find("b").hidden = choices.length > 1;
+  find("b").textContent = props.model || "";
+  find(".detail").textContent = props.detail || "";
+  find(".dot").className = "dot " + (props.status || "");
+  find(".caution").textContent = props.feedback
+    ? "Research only, not for diagnosis. Your votes are collected; nothing else is stored."
+    : "Research only, not for diagnosis. Nothing you open or ask is stored.";
+}
+select.addEventListener("change", () => {
+  props.value = select.value;
+  trigger("chosen");
+});
+watch(["choices", "value", "status", "model", "detail"], show);
+show();

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 from medllava.errors import DataError, ImageTooLarge
 from medllava.geometry import Box
@@ -54,7 +54,8 @@ def load_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> I
                     " cut a region of interest out of it first"
                 )
             opened.load()
-            return _to_rgb(ImageOps.exif_transpose(opened))
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            return _to_rgb(ImageOps.exif_transpose(opened) if turned else opened)
     except DataError:
         raise
     except UnidentifiedImageError as error:
@@ -65,10 +66,10 @@ def load_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> I
         raise DataError(f"{name}: the image is damaged ({error})") from error
 
 
-def to_data_uri(image: Image.Image, kind: str = "PNG") -> str:
-    """The picture as a data URI, re-encoded from its pixels so that no metadata goes along."""
+def to_data_uri(image: Image.Image, kind: str = "PNG", *, quality: int = 75) -> str:
+    """The picture as a data URI, re-encoded from its pixels so that no metadata goes along. ``quality``: of a JPEG."""
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, kind, quality=quality)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

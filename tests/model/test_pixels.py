@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
 from medllava.geometry import Box
 from medllava.model import checkpoint
@@ -44,6 +45,20 @@ def test_padding_can_be_put_on_any_clip_processor() -> None:
     assert torch.equal(pixel_values(padded, [square]), pixel_values(clip, [square]))
     wide = Image.effect_noise((160, 80), 90).convert("RGB")
     assert not torch.equal(pixel_values(padded, [wide]), pixel_values(clip, [wide]))
+
+
+@pytest.mark.parametrize("size", [(96, 96), (300, 101), (33, 200), (1, 7)])
+@pytest.mark.parametrize("processor", [
+    LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96}),
+    LlavaImageProcessorPil(do_pad=False, size={"shortest_edge": 70}, crop_size={"height": 56, "width": 56}),
+    CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_std=[0.1, 0.2, 0.3]),
+    CLIPImageProcessorPil(size={"height": 64, "width": 48}, do_center_crop=False),
+    CLIPImageProcessorPil(do_normalize=False, size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+], ids=["padded", "cropped", "clip", "any shape", "not normalised"])
+def test_the_quick_path_makes_the_processors_own_pixels(processor: Any, size: tuple[int, int]) -> None:
+    image = Image.merge("RGB", [Image.effect_noise(size, spread) for spread in (50, 90, 130)])
+    own = processor(images=[image, image], return_tensors="pt")["pixel_values"].float()
+    assert torch.equal(pixel_values(processor, [image, image]), own)
 
 
 def test_tokens_per_image(tiny: Path) -> None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from medllava.errors import DataError, ImageTooLarge
 from medllava.geometry import Box
@@ -87,6 +87,63 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box], labels: Sequence[str] =
             pen.rectangle((left - 2, top - 2, right + 2, bottom + 2), fill=colour)
             pen.text((x0 + width, y0 + width), labels[number], fill="white")
     return drawn
+
+
+def draw_heat(
+    image: Image.Image, grid: Sequence[Sequence[float]], *, title: str = "", unit: str = "nats"
+) -> Image.Image:
+    """A copy of ``image`` under a heat map of ``grid`` (rows from the top), with a legend below it.
+
+    The hottest cell is yellow and framed; cells of nothing or less leave the picture as it is. ``title``: first line of
+    the legend; ``unit``: of the largest number, which the legend names.
+    """
+    most = max((value for row in grid for value in row), default=0.0)
+    rows, columns = len(grid), len(grid[0])
+    scale = 1 / most if most > 0 else 0.0
+    levels = [round(255 * max(value * scale, 0.0)) for row in grid for value in row]
+    small = Image.new("L", (columns, rows))
+    small.putdata(levels)
+    heat = small.resize(image.size, Image.Resampling.BICUBIC)
+    drawn = image.convert("RGB")
+    drawn = Image.composite(_coloured(heat), drawn, heat.point(lambda level: int(level * 0.65)))
+    if most > 0:
+        values = [value for row in grid for value in row]
+        y, x = divmod(values.index(most), columns)
+        hottest = Box(x1=x / columns, y1=y / rows, x2=(x + 1) / columns, y2=(y + 1) / rows)
+        width = max(2, round(max(image.size) * 0.004))
+        ImageDraw.Draw(drawn).rectangle(hottest.to_pixels(*image.size), outline="white", width=width)
+    return _with_legend(drawn, title, f"{most:.2f} {unit}" if most > 0 else "no cell above 0")
+
+
+def _coloured(levels: Image.Image) -> Image.Image:
+    """Dark red, red, orange, yellow: brighter is more, for readers without colour too."""
+    return Image.merge("RGB", [
+        levels.point(lambda level: min(255, 90 + 2 * level)), levels.point(lambda level: max(0, 2 * level - 255)),
+        levels.point(lambda level: 0),
+    ])
+
+
+def _with_legend(image: Image.Image, title: str, most: str) -> Image.Image:
+    size = max(12, round(max(image.size) * 0.028))
+    font = ImageFont.load_default(size)
+    margin, line = size // 2, round(size * 1.4)
+    height = 2 * margin + 2 * line
+    pen = ImageDraw.Draw(image)
+    ends = ("0", most)
+    bar = max(4 * size, image.width // 4)
+    needed = 4 * margin + bar + sum(round(pen.textlength(text, font)) for text in ends)
+    width = max(image.width, needed, 2 * margin + round(pen.textlength(title, font)))
+    whole = Image.new("RGB", (width, image.height + height), "white")
+    whole.paste(image, (0, 0))
+    pen = ImageDraw.Draw(whole)
+    top = image.height + margin
+    pen.text((margin, top), title, fill="black", font=font)
+    pen.text((margin, top + line), ends[0], fill="black", font=font)
+    left = 2 * margin + round(pen.textlength(ends[0], font))
+    ramp = Image.linear_gradient("L").rotate(90).resize((bar, size))
+    whole.paste(_coloured(ramp), (left, top + line))
+    pen.text((left + bar + margin, top + line), ends[1], fill="black", font=font)
+    return whole
 
 
 def _decode_data_uri(uri: str) -> bytes:

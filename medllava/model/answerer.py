@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -19,12 +19,14 @@ from PIL import Image
 from medllava.conversation import IMAGE_TAG, Turn, as_text
 from medllava.errors import PromptTooLong
 from medllava.images import load_image
+from medllava.regions import Region, asked
 
 if TYPE_CHECKING:
     import torch
 
     from medllava.model.checkpoint import Loaded
     from medllava.model.decoding import Batch, Completion, Prepared
+    from medllava.model.looking import Looker, Looking
 
 Question = tuple[Sequence[Image.Image], Sequence[Turn]]
 """The pictures and the turns so far, ending in a user turn."""
@@ -135,11 +137,13 @@ class Answerer:
         """The whole answer; see :meth:`stream`."""
         return self.answer_batch([(images, turns)], **decoding)[0]
 
-    def ask(self, text: str, *pictures: str | Path | Image.Image, max_new_tokens: int = 256) -> Completion:
-        """The greedy answer to one question about pictures (files, data URIs or opened ones). Raises DataError."""
-        images = [source if isinstance(source, Image.Image) else load_image(source) for source in pictures]
-        question = Turn(role="user", text=f"{IMAGE_TAG}\n" * len(images) + as_text(text))
-        return self.answer(images, [question], max_new_tokens=max_new_tokens)
+    def ask(
+        self, text: str, *pictures: str | Path | Image.Image, region: Region | None = None, max_new_tokens: int = 256
+    ) -> Completion:
+        """The greedy answer to one question about pictures (files, data URIs or opened ones). ``region``: of the last
+        picture, shown as the model was trained to see regions. Raises DataError."""
+        images, turns = self._question(text, pictures, region)
+        return self.answer(images, turns, max_new_tokens=max_new_tokens)
 
     def answer_batch(
         self, questions: Sequence[Question], **decoding: Unpack[Decoding]
@@ -174,7 +178,9 @@ class Answerer:
         from medllava.model.decoding import Prepared
         from medllava.model.prompt import with_image_tag, without_history
 
-        if self.manifest.single_exchange:
+        if pixels is None:
+            images, turns = self.shown(images, turns)
+        elif self.manifest.single_exchange:
             turns = without_history(turns)
         with self._preparing:
             ids = self._prompts.question(with_image_tag(turns, len(images if pixels is None else pixels)))
@@ -188,6 +194,57 @@ class Answerer:
         if pixels is None and images:
             pixels = self.pixels(images)
         return Prepared(ids, pixels, max(room, 0), temperature, top_p, tuple(stop), seed, top_logprobs)
+
+    def shown(
+        self, images: Sequence[Image.Image], turns: Sequence[Turn]
+    ) -> tuple[Sequence[Image.Image], Sequence[Turn]]:
+        """What the model gets of a conversation: all of it, or, if it was trained on single exchanges, the last
+        question with its own pictures, or with the last picture before it."""
+        from medllava.model.prompt import without_history
+
+        if not self.manifest.single_exchange:
+            return images, turns
+        tags = [turn.text.count(IMAGE_TAG) for turn in turns]
+        if sum(tags) == len(images) and tags[-1] < len(images):
+            images = images[-max(tags[-1], 1) :]
+        return images, without_history(turns)
+
+    @cached_property
+    def looker(self) -> Looker:
+        """Looks where this model looked, see :mod:`medllava.model.looking`."""
+        from medllava.model.looking import Looker
+        from medllava.model.prompt import with_image_tag
+
+        def prompt(turns: Sequence[Turn], images: int, answer: str) -> tuple[list[int], list[int]]:
+            with self._preparing:
+                made = self._prompts.answered(with_image_tag(turns, images), answer)
+            return made.input_ids, made.labels
+
+        return Looker(self, self._model, prompt, self._prompts.image_token_id, self._context, self._activate)
+
+    def where_did_it_look(
+        self, text: str, *pictures: str | Path | Image.Image, answer: str | None = None, region: Region | None = None,
+        **options: Any,
+    ) -> Looking:
+        """What the answer to one question depended on; without ``answer``, the greedy one. See :meth:`ask`, and
+        :meth:`medllava.model.looking.Looker.prepare` for the options. Raises DataError.
+
+            looked = model.where_did_it_look("Where is the gland?", "tissue.png")
+            draw_heat(load_image("tissue.png"), looked.drops).save("looked.png")
+        """
+        images, turns = self._question(text, pictures, region)
+        if answer is None:
+            answer = self.answer(images, turns).text
+        return self.looker.look(self.looker.prepare(images, turns, answer, **options))
+
+    def _question(
+        self, text: str, pictures: Sequence[str | Path | Image.Image], region: Region | None
+    ) -> tuple[list[Image.Image], list[Turn]]:
+        images = [source if isinstance(source, Image.Image) else load_image(source) for source in pictures]
+        last, text = asked(images[-1] if images else None, text, region, self.manifest.regions)
+        if last is not None:
+            images[-1] = last
+        return images, [Turn(role="user", text=f"{IMAGE_TAG}\n" * len(images) + as_text(text))]
 
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """What the encoder sees of pictures, float32 (pictures, 3, side, side); any thread may call it."""

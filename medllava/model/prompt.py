@@ -132,16 +132,16 @@ class PromptBuilder:
             text = self._bos() + "".join(turn.text for turn in turns)
         else:
             text = self._render(turns, generation_prompt=True)
-        if not spelled:
-            return self._encode(text)[0]
-        ids: list[int] = []
-        for stretch in re.split(f"([{''.join(spelled)}])", text):
-            if stretch in spelled:
-                name = spelled[stretch]
-                ids += self.tokenizer(name, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            else:
-                ids += self._encode(stretch)[0]
-        return ids
+        return self._encode_spelled(text, spelled)[0]
+
+    def answered(self, turns: Sequence[Turn], answer: str) -> Prompt:
+        """Ids of the conversation with its answer, of which the labels are the answer's (and its end token's) alone:
+        what :meth:`question` asks and the model then says. Raises DataError on an empty answer."""
+        turns, spelled = self._without_special([*turns, Turn(role="assistant", text=answer)])
+        where = "the answer"
+        text, spans = self._plain(turns, where) if self.chat_format == "plain" else self._chat(turns, where)
+        ids, labels = self._encode_spelled(text, spelled, spans[-1:])
+        return Prompt(ids, labels)
 
     def sample(self, turns: Sequence[Turn], where: str, *, max_length: int | None = None) -> Prompt | None:
         """Ids and labels of a training sample; ``where`` names it in errors.
@@ -301,6 +301,30 @@ class PromptBuilder:
                 input_ids.append(token)
                 labels.append(token if _inside(position + start, position + end, spans, where) else IGNORE)
             position += len(stretch)
+        return input_ids, labels
+
+    def _encode_spelled(
+        self, text: str, spelled: dict[str, str], spans: Sequence[tuple[int, int]] = ()
+    ) -> tuple[list[int], list[int]]:
+        """:meth:`_encode` of a text in which single characters stand for names that are to be spelled out."""
+        if not spelled:
+            return self._encode(text, spans)
+        input_ids: list[int] = []
+        labels: list[int] = []
+        at = 0
+        for stretch in re.split(f"([{''.join(spelled)}])", text):
+            if stretch in spelled:
+                name = spelled[stretch]
+                ids = self.tokenizer(name, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                inside = any(first <= at < last for first, last in spans)
+                named = ids if inside else [IGNORE] * len(ids)
+            else:
+                cut = [(first - at, last - at) for first, last in spans]
+                within = [(max(first, 0), min(last, len(stretch))) for first, last in cut]
+                ids, named = self._encode(stretch, [(first, last) for first, last in within if first < last])
+            input_ids += ids
+            labels += named
+            at += len(stretch)
         return input_ids, labels
 
     def _tokens(self, stretch: str) -> Iterator[tuple[int, int, int]]:

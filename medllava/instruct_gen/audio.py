@@ -74,7 +74,8 @@ def measure_levels(video: Path) -> tuple[Levels | None, str | None]:
             bounds = np.ceil((np.arange(first, last + 2) * STEP_S - start_s) * rate).astype(int).clip(0, length)
             energy = np.append(np.square(samples).mean(0), np.float32(0))
             totals = np.add.reduceat(energy, bounds[:-1], dtype=np.float64)
-            for step, total, count in zip(range(first, last + 1), totals.tolist(), np.diff(bounds).tolist(), strict=True):
+            within = np.diff(bounds).tolist()
+            for step, total, count in zip(range(first, last + 1), totals.tolist(), within, strict=True):
                 if step >= 0 and count:
                     sums[step] += total
                     counts[step] += count

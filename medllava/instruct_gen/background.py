@@ -22,14 +22,20 @@ def pixel_ranks(stack: Sequence[Plane], ranks: Sequence[int]) -> list[Plane]:
     """For each rank (0 = smallest) the image of the pixels' values of that rank within ``stack``."""
     if len(stack) == 1:
         return [stack[0] for _ in ranks]
-    lanes = list(stack)
+    # Worked on in place: room asked from the system for each step would take longer to get than to fill.
+    lanes = list(np.stack(stack))
+    spare = np.empty_like(lanes[0])
     for low, high, keep_low, keep_high in _network(len(stack), tuple(sorted(set(ranks)))):
         a, b = lanes[low], lanes[high]
-        if keep_low:
-            lanes[low] = np.asarray(cv2.min(a, b), dtype=np.uint8)
-        if keep_high:
-            lanes[high] = np.asarray(cv2.max(a, b), dtype=np.uint8)
-    return [lanes[rank] for rank in ranks]
+        if keep_low and keep_high:
+            cv2.min(a, b, dst=spare)
+            cv2.max(a, b, dst=b)
+            lanes[low], spare = spare, a
+        elif keep_low:
+            cv2.min(a, b, dst=a)
+        else:
+            cv2.max(a, b, dst=b)
+    return [lanes[rank].copy() for rank in ranks]
 
 
 def median(stack: Sequence[Plane]) -> Plane:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -72,15 +73,24 @@ class Background:
         luma, *chroma = (_noise(stack, floor) for stack, floor in zip(stacks, (5.0, 3.0, 3.0), strict=True))
         return cls(y, u, v, luma, *chroma)
 
-    def difference(self, a: Frame | Background, b: Frame | Background) -> Plane:
+    def difference(self, a: Frame | Background, b: Frame | Background, into: Plane) -> None:
         """How far the two differ beyond the noise at each chroma pixel, luma and both chromas together."""
         height, width = self.u.shape
-        luma = cv2.subtract(cv2.absdiff(a.y, b.y), self.noise_y)
-        luma = cv2.resize(luma, (width, height), interpolation=cv2.INTER_AREA)
-        chroma = cv2.add(
-            cv2.subtract(cv2.absdiff(a.u, b.u), self.noise_u), cv2.subtract(cv2.absdiff(a.v, b.v), self.noise_v)
-        )
-        return np.asarray(cv2.add(cv2.add(luma, chroma), chroma), np.uint8)
+        luma, u, v = self._spare
+        cv2.absdiff(a.y, b.y, dst=luma)
+        cv2.subtract(luma, self.noise_y, dst=luma)
+        cv2.resize(luma, (width, height), dst=into, interpolation=cv2.INTER_AREA)
+        for plane, one, other, noise in ((u, a.u, b.u, self.noise_u), (v, a.v, b.v, self.noise_v)):
+            cv2.absdiff(one, other, dst=plane)
+            cv2.subtract(plane, noise, dst=plane)
+        cv2.add(u, v, dst=u)
+        cv2.add(into, u, dst=into)
+        cv2.add(into, u, dst=into)
+
+    @cached_property
+    def _spare(self) -> tuple[Plane, Plane, Plane]:
+        """Room for intermediate results: to ask the system for it anew would take as long as the arithmetic."""
+        return np.empty_like(self.y), np.empty_like(self.u), np.empty_like(self.v)
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,9 @@ class SpotFinder:
         ``first``. Also learns from them where something changes all the time.
         """
         zone = self.zone()
-        still = np.stack([background.difference(frames[i], background) for i in only])
+        still = np.empty((len(only), *background.u.shape), np.uint8)
+        for number, i in enumerate(only):
+            background.difference(frames[i], background, still[number])
         fresh = _fresh(frames, background, only, still)
         cells = [_cells(difference) for difference in still]
         shown = [frames[i] for i in only]
@@ -221,13 +233,15 @@ class SpotFinder:
 
 def _fresh(frames: Sequence[Frame], background: Background, only: range, still: Plane) -> Plane:
     """For each of the frames ``only``, what was not there shortly before nor is there shortly after."""
-    steps = [background.difference(after, before) for before, after in zip(frames, frames[LAG:], strict=False)]
-    fresh = []
+    steps = np.empty((max(0, len(frames) - LAG), *background.u.shape), np.uint8)
+    for step, before, after in zip(steps, frames, frames[LAG:], strict=False):
+        background.difference(after, before, step)
+    fresh = np.empty_like(still)
     for number, i in enumerate(only):
-        before = steps[i - LAG] if i >= LAG else still[number]
-        after = steps[i] if i < len(steps) else still[number]
-        fresh.append(np.asarray(cv2.min(before, after), np.uint8))
-    return np.stack(fresh)
+        before_it = steps[i - LAG] if i >= LAG else still[number]
+        after_it = steps[i] if i < len(steps) else still[number]
+        cv2.min(before_it, after_it, dst=fresh[number])
+    return fresh
 
 
 def _cells(difference: Plane) -> Plane:
@@ -270,14 +284,9 @@ def _describe(
     """
     if len(index) == 0:
         return np.zeros((0, 2), np.float32), np.zeros((0, LOOKS), np.float32), np.zeros(0, np.float32)
-    height, width = maps[0].shape[1:]
     steps = np.arange(-REACH, REACH + 1)
     nearest = np.rint(centres).astype(np.int32)
-    rows, columns = nearest[:, 1, None] + steps, nearest[:, 0, None] + steps
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    place = rows.clip(0, height - 1)[:, :, None] * width + columns.clip(0, width - 1)[:, None, :]
-    at = place + index[:, None, None] * (height * width)
-    still, fresh = (np.take(plane, at) * inside for plane in maps)
+    still, fresh, *colours = _patches(frames, background, maps, index, nearest)
     whole = np.where(kind[:, None, None] == 1, fresh, still).astype(np.float32)
     dx = dy = np.zeros(len(index), np.float32)
     for reach in (REACH, REACH - 2):
@@ -296,19 +305,34 @@ def _describe(
     body = np.maximum(body - 0.25 * body.max((1, 2), keepdims=True), 0)
     mass = body.sum((1, 2)) + 1e-3
     looks = [np.log(mass), np.sqrt(np.einsum("nij,nij->n", body, away) / mass)]
-    for stack, base in (
-        ([_halved(f.y) for f in frames], _halved(background.y)),
-        ([f.u for f in frames], background.u),
-        ([f.v for f in frames], background.v),
-    ):
-        colour = np.einsum("nij,nij->n", np.take(np.stack(stack), at).astype(np.float32), body) / mass
-        behind = np.einsum("nij,nij->n", np.take(base, place).astype(np.float32), body) / mass
-        looks.extend((colour, colour - behind))
+    seen = [np.einsum("nij,nij->n", colour.astype(np.float32), body) / mass for colour in colours]
+    for shown, behind in zip(seen[:3], seen[3:], strict=True):
+        looks.extend((shown, shown - behind))
     moving = np.minimum(fresh, weights).sum((1, 2)) / total
     # A chroma pixel's centre lies between two luma pixels.
     return (2 * centres + 0.5).astype(np.float32), np.stack(looks, 1).astype(np.float32), moving.astype(np.float32)
 
 
-def _halved(luma: Plane) -> Plane:
-    height, width = luma.shape
-    return np.asarray(cv2.resize(luma, (width // 2, height // 2), interpolation=cv2.INTER_AREA), np.uint8)
+def _patches(
+    frames: Sequence[Frame],
+    background: Background,
+    maps: tuple[Plane, Plane],
+    index: npt.NDArray[np.int32],
+    centres: npt.NDArray[np.int32],
+) -> npt.NDArray[np.uint8]:
+    """8 x n x side x side: around each centre (chroma pixels) both maps, the frame's luma (halved) and chroma, and the
+    background's; 0 beyond the picture."""
+    height, width = background.u.shape
+    behind = cv2.resize(background.y, (width, height), interpolation=cv2.INTER_AREA), background.u, background.v
+    patches = np.zeros((8, len(index), 2 * REACH + 1, 2 * REACH + 1), np.uint8)
+    for number, (at, (column, row)) in enumerate(zip(index.tolist(), centres.tolist(), strict=True)):
+        top, bottom = max(0, row - REACH), min(height, row + REACH + 1)
+        left, right = max(0, column - REACH), min(width, column + REACH + 1)
+        place = np.s_[top:bottom, left:right]
+        luma = frames[at].y[2 * top : 2 * bottom, 2 * left : 2 * right]
+        luma = cv2.resize(luma, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
+        layers = (maps[0][at][place], maps[1][at][place], luma, frames[at].u[place], frames[at].v[place])
+        inside = np.s_[top - row + REACH : bottom - row + REACH, left - column + REACH : right - column + REACH]
+        for layer, values in enumerate((*layers, *(plane[place] for plane in behind))):
+            patches[layer, number][inside] = values
+    return patches

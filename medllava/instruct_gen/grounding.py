@@ -150,15 +150,13 @@ def _pointing_spell(t_s: Floats, xy: Floats) -> slice | None:
     weight = np.cumsum(np.concatenate([[0.0], np.where(moves, 1.0, 0.1)]))
     best, found = 0.0, None
     for first in range(len(t_s)):
-        low, high = xy[first].copy(), xy[first].copy()
-        for last in range(first + 1, len(t_s)):
-            low, high = np.minimum(low, xy[last]), np.maximum(high, xy[last])
-            if t_s[last] - t_s[first] < SHORTEST_S:
-                continue
-            area = float(np.prod(np.maximum(high - low, 0.03)))
-            evidence = (weight[last + 1] - weight[first]) * -np.log(2 * area)
-            if evidence > best:
-                best, found = evidence, slice(first, last + 1)
+        extent = np.maximum.accumulate(xy[first:]) - np.minimum.accumulate(xy[first:])
+        area = np.prod(np.maximum(extent, 0.03), axis=1)
+        evidence = (weight[first + 1 :] - weight[first]) * -np.log(2 * area)
+        evidence[t_s[first:] - t_s[first] < SHORTEST_S] = 0
+        longest = int(evidence.argmax())
+        if evidence[longest] > best:
+            best, found = float(evidence[longest]), slice(first, first + longest + 1)
     return found
 
 

@@ -7,8 +7,9 @@ asks for likeness with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ from medllava.instruct_gen.cursor import Floats, Patch, Spots
 
 MEMORY = 8
 """Frames over which a path may jump without seeing the cursor."""
+
+LINKED_TOGETHER = 64
+"""Frames whose ways from spot to spot are computed at once."""
 
 RESTART = 4.0
 """Cost of a path that goes on at an unrelated place."""
@@ -105,31 +109,20 @@ def likeliest(spots: Spots, appearance: Appearance | None) -> npt.NDArray[np.int
     starts = np.searchsorted(spots.frame, np.arange(int(spots.frame[-1]) + 2))
     # Being visible from the start is no surprise.
     finished, finished_at = RESTART - 1.0, -1
-    for frame in range(len(starts) - 1):
-        low, high = starts[frame], starts[frame + 1]
-        if low == high:
-            continue
-        here = slice(low, high)
-        first = starts[max(0, frame - MEMORY)]
+    for low, high, first, links in _links(spots, looks, starts):
+        here, before = slice(low, high), slice(first, low)
         best[here] = finished - RESTART + gain[here]
         back[here] = finished_at
         if first < low:
-            before = slice(first, low)
-            dt = spots.t_s[here, None] - spots.t_s[None, before]
-            distance = np.hypot(
-                spots.xy[here, None, 0] - spots.xy[None, before, 0], spots.xy[here, None, 1] - spots.xy[None, before, 1]
-            )
-            unlike = np.minimum(((looks[here, None] - looks[None, before]) ** 2).sum(2), 9.0)
-            skipped = frame - spots.frame[before] - 1
+            was_there, cost, far, stays = links
             # What lay there before the cursor could get there is something else.
-            was_there = (distance < 3) & (skipped < 2)
             age[here] = np.where(was_there, age[before] + 1, 0).max(1)
             old = OLD_COST * (age[here] > OLD)
-            best[here] -= old
-            cost = 1.3 * np.log1p(distance / (6 + 50 * dt)) + 0.3 * unlike + 0.25 * skipped
-            cost += np.where(distance > 15, old[:, None], 0)
+            if old.any():
+                best[here] -= old
+                cost = cost + np.where(far, old[:, None], 0)
             # What stays where it was and as it was goes on being the cursor, unless it looks like none at all.
-            stays = (distance < 8) & (unlike < 4) & (gain[here, None] > -2.5)
+            stays = stays & (gain[here, None] > -2.5)
             via = best[before] - cost + np.where(stays, np.maximum(gain[here, None], 0.2), gain[here, None])
             choice = via.argmax(1)
             value = via[np.arange(high - low), choice]
@@ -138,13 +131,44 @@ def likeliest(spots: Spots, appearance: Appearance | None) -> npt.NDArray[np.int
             back[here] = np.where(better, first + choice, back[here])
         top = int(best[here].argmax())
         if best[low + top] > finished:
-            finished, finished_at = float(best[low + top]), int(low + top)
+            finished, finished_at = float(best[low + top]), low + top
     path = []
     at = finished_at
     while at >= 0:
         path.append(at)
         at = int(back[at])
     return np.array(path[::-1], np.int32)
+
+
+def _links(
+    spots: Spots, looks: Floats, starts: npt.NDArray[np.intp]
+) -> Iterator[tuple[int, int, int, list[npt.NDArray[Any]]]]:
+    """(low, high, first, links) for each frame that has spots, which are those from ``low`` to ``high``.
+
+    ``links``: for each pair of one of them (rows) and one of the spots ``first`` to ``low`` (columns): was it there
+    already, what the way costs, is it far, is it the same in the same place? Computed for many frames at once, because
+    arithmetic on the few pairs of one frame costs mostly calls; not for all, because memory would grow with the chunk.
+    """
+    for begin in range(0, len(starts) - 1, LINKED_TOGETHER):
+        frames = np.arange(begin, min(begin + LINKED_TOGETHER, len(starts) - 1))
+        counts = starts[frames + 1] - starts[frames]
+        firsts, lows = starts[np.maximum(frames - MEMORY, 0)], starts[frames]
+        width = np.repeat(lows - firsts, counts)
+        here = np.repeat(np.arange(lows[0], lows[0] + len(width)), width)
+        before = np.arange(len(here)) - np.repeat(np.cumsum(width) - width - np.repeat(firsts, counts), width)
+        dt = spots.t_s[here] - spots.t_s[before]
+        distance = np.hypot(spots.xy[here, 0] - spots.xy[before, 0], spots.xy[here, 1] - spots.xy[before, 1])
+        unlike = np.minimum(((looks[here] - looks[before]) ** 2).sum(1), 9.0)
+        skipped = spots.frame[here] - spots.frame[before] - 1
+        cost = 1.3 * np.log1p(distance / (6 + 50 * dt)) + 0.3 * unlike + 0.25 * skipped
+        flat = (distance < 3) & (skipped < 2), cost, distance > 15, (distance < 8) & (unlike < 4)
+        at = 0
+        for low, count, first in zip(lows.tolist(), counts.tolist(), firsts.tolist(), strict=True):
+            if count:
+                shape = count, low - first
+                pairs = slice(at, at + shape[0] * shape[1])
+                yield low, low + count, first, [values[pairs].reshape(shape) for values in flat]
+                at = pairs.stop
 
 
 def melted_rests(

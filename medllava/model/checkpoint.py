@@ -420,6 +420,8 @@ def _quantization(dtype: torch.dtype, *, load_4bit: bool, load_8bit: bool) -> An
         return None
     if load_4bit and load_8bit:
         raise CheckpointError("choose one of 4-bit and 8-bit loading")
+    # It says of each layer, each time, to which precision it converts, and that faster kernels could be fetched.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:

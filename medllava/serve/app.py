@@ -196,7 +196,8 @@ def create_app(
         threading.Thread(target=load_models, name="load", daemon=True).start()
         yield
 
-    app = FastAPI(title="medllava worker", lifespan=lifespan, root_path=root_path, docs_url=None, redoc_url=None)
+    app = FastAPI(title="medllava worker", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.root_path = root_path
 
     schema = app.openapi
 

@@ -38,38 +38,49 @@ QUESTIONS = (
 )
 
 
-@contextlib.contextmanager
-def own_worker(model_path: Path, options: Sequence[str]) -> Iterator[str]:
-    """Start a worker for ``model_path`` on a free port, wait until its model is loaded, and end it afterwards.
+class OwnWorker:
+    """A worker that this command starts on a free port, and ends. The page is there while its model loads."""
 
-    Yields its URL. Raises ServiceError if it ends before it is ready; it has then said why on stderr.
-    """
-    command = [sys.executable, "-m", "medllava.serve.worker", "--model-path", str(model_path), "--port", "0"]
-    # Its standard input closes with this process, however that ends, and the worker ends with it.
-    process = subprocess.Popen(
-        [*command, "--stop-with-stdin", *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        url = process.stdout.readline().removeprefix("listening on ").strip()
-        started = time.monotonic()
-        while url and process.poll() is None:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                    print(f"model loaded in {time.monotonic() - started:.0f} s{' ' * 30}", file=sys.stderr)
-                    break
-            print(f"\rloading {model_path}: {time.monotonic() - started:.0f} s", end="", file=sys.stderr, flush=True)
-            time.sleep(0.5)
-        else:
-            raise ServiceError(f"the worker for {model_path} did not start; its own message is above")
-        yield url
-    finally:
-        process.stdin.close()
+    def __init__(self, model_path: Path, options: Sequence[str]) -> None:
+        self._model_path = model_path
+        command = [sys.executable, "-m", "medllava.serve.worker", "--model-path", str(model_path), "--port", "0"]
+        # Its standard input closes with this process, however that ends, and the worker ends with it.
+        self._process = subprocess.Popen(
+            [*command, "--stop-with-stdin", *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._started = time.monotonic()
+
+    def url(self) -> str:
+        """Where it answers, once it listens. Raises ServiceError if it ends before; it has then said why on stderr."""
+        url = self._line().removeprefix("listening on ").strip()
+        if not url:
+            raise self._ended()
+        return url
+
+    def watch(self) -> None:
+        """Say when the model is there, and wait until the worker ends, which it should not: raises ServiceError."""
+        if self._line().startswith("ready"):
+            print(f"model loaded in {time.monotonic() - self._started:.0f} s", file=sys.stderr)
+        self._process.wait()
+        raise self._ended()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
         try:
-            process.wait(5)
+            self._process.wait(5)
         except subprocess.TimeoutExpired:
-            process.kill()
-        process.stdout.close()
+            self._process.kill()
+        self._process.stdout.close()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def _ended(self) -> ServiceError:
+        code = self._process.wait()
+        killed = " (it was killed, most often because the memory ran out)" if code == -signal.SIGKILL else ""
+        return ServiceError(f"the worker for {self._model_path} ended{killed}; its own message, if any, is above")
 
 
 def read_logins(path: Path | None) -> list[tuple[str, str]] | None:
@@ -168,13 +179,16 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         stack.enter_context(private_folder())
+        # Gradio takes settings from the environment, too (GRADIO_SHARE, GRADIO_ALLOWED_PATHS, ...); here, flags do.
+        for name in [name for name in os.environ if name.startswith("GRADIO_") and name != "GRADIO_TEMP_DIR"]:
+            del os.environ[name]
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["HF_HUB_OFFLINE"] = "1"
-        urls = options.worker
+        own: OwnWorker | None = None
         if options.model_path:
             passed = ["--device", options.device] if options.device else []
             passed += ["--load-4bit"] * options.load_4bit + ["--load-8bit"] * options.load_8bit
-            urls = [stack.enter_context(own_worker(options.model_path, passed))]
+            own = stack.enter_context(contextlib.closing(OwnWorker(options.model_path, passed)))
         try:
             from medllava.serve.client import Worker
             from medllava.serve.page import build, launch
@@ -185,6 +199,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"web chat on http://{options.host}:{port}{options.root_path} (Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             while True:
+                if own:
+                    own.watch()
                 time.sleep(3600)
         page.close(verbose=False)
     return 0

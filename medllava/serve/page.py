@@ -7,6 +7,7 @@ Gradio finds out what a handler takes from its annotations, so this module impor
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from collections.abc import AsyncIterator, Sequence
@@ -25,7 +26,8 @@ from medllava.serve.answering import Choice, Workers
 from medllava.serve.client import Worker
 from medllava.serve.export import as_geojson, as_json, as_markdown, read_geojson, region_json
 from medllava.serve.phrases import colour_of, phrases_of
-from medllava.serve.session import Exchange, Picture, Session, open_picture, region_of, view_of
+from medllava.serve.session import Exchange, Picture, Session, Source, open_picture, region_of, view_of
+from medllava.serve.tiles import ShownSlide, add_routes, slide_strip
 
 THUMBNAIL_HEIGHT = 124
 STATUS_S = 2.0
@@ -52,7 +54,8 @@ def viewer_of(session: Session, **more: Any) -> Any:
         boxes.append(
             {"box": list(one.region.box.as_tuple()), "label": one.name, "colour": one.colour, "path": path or None}
         )
-    shown = picture.viewer() if picture else {"src": "", "size": [0, 0]}
+    none: dict[str, Any] = {"src": "", "size": [0, 0], "tiles": None, "mpp": None, "power": None}
+    shown = none | (picture.viewer() if picture else {})
     return gr.HTML(**shown, picture=session.shown or 0, boxes=boxes, **more)
 
 
@@ -174,10 +177,11 @@ def part(name: str, **props: Any) -> gr.HTML:
 
 
 def build(
-    workers: Sequence[Worker], examples: Sequence[Path], questions: Sequence[str], *, feedback: Path | None = None
+    workers: Sequence[Worker], examples: Sequence[Path], questions: Sequence[str], *, feedback: Path | None = None,
+    slides: Sequence[ShownSlide] = (),
 ) -> gr.Blocks:
     """The page. ``workers``: at least one. ``examples``: picture files to choose from. ``questions``: to click.
-    ``feedback``: file to append votes to; None offers no votes."""
+    ``feedback``: file to append votes to; None offers no votes. ``slides``: whole slides to choose from."""
     crew = Workers(workers)
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -192,11 +196,11 @@ def build(
 
     # -- pictures and regions
 
-    def show_picture(session: Session, source: str | Path) -> tuple[Any, ...]:
-        if session.answering:
+    def show_picture(session: Session, source: str | Path | Source) -> tuple[Any, ...]:
+        if session.answering or session.reading:
             return unchanged(3, "Still answering: wait for it or press Stop, then open another picture.")
         try:
-            picture = open_picture(source)
+            picture = open_picture(source) if isinstance(source, str | Path) else source
         except DataError as error:
             why = str(error).removeprefix("image data URI: ")
             return unchanged(3, f"This picture cannot be opened: {why}")
@@ -206,9 +210,19 @@ def build(
     def open_file(session: Session, event: gr.EventData) -> tuple[Any, ...]:
         return show_picture(session, str(event.uri))
 
+    offered = "Choose one below." if slides else "Ask the operator to start this page with --slides FOLDER."
+
     def too_large(event: gr.EventData) -> None:
-        why = f"{event.megabytes} MB is too much for one picture. Cut a field of view out of the slide and open that."
-        unchanged(0, why)
+        unchanged(0, f"{event.megabytes} MB is too much for a picture. Cut a field of view out. Of a slide: {offered}")
+
+    def whole_slide() -> None:
+        unchanged(0, f"Whole slides are not sent through the browser; they are read where they lie. {offered}")
+
+    def open_slide(session: Session, event: gr.EventData) -> tuple[Any, ...]:
+        number = int(event.number)
+        if not 0 <= number < len(slides):
+            return unchanged(3, f"There are {len(slides)} slides.")
+        return show_picture(session, slides[number])
 
     def open_example(session: Session, event: gr.EventData) -> tuple[Any, ...]:
         number = int(event.number)
@@ -278,7 +292,7 @@ def build(
         yield viewer_of(session), chat_of(session), gr.skip(), put_back if failed and put_back else gr.skip()
 
     async def answer(session: Session, text: str, marked: Any, choice: str) -> AsyncIterator[tuple[Any, ...]]:
-        if session.answering:
+        if session.answering or session.reading:
             yield unchanged(4, "Still answering: wait for it or press Stop, then ask again.")
             return
         region = region_of(marked)
@@ -288,7 +302,16 @@ def build(
         if region is None and mentions_region(text) and not parse_boxes(text):
             yield unchanged(4, "Draw a box on the image or click a point first.")
             return
-        exchange = session.ask(text, region, view_of(marked))
+        session.reading = True
+        try:
+            # In a thread: a field of a slide takes a moment to read, in which the other pages would stand still.
+            exchange = await asyncio.to_thread(session.ask, text, region, view_of(marked))
+        except DataError:
+            # Its text names the operator's file.
+            yield unchanged(4, "The slide is damaged at this place and cannot be read. Move the view and ask again.")
+            return
+        finally:
+            session.reading = False
         async for shown in stream(session, exchange, choice, text):
             yield shown
 
@@ -381,9 +404,11 @@ def build(
         # Gradio would keep a closed page's state, pictures included, for an hour.
         page.state_holder.session_data.pop(request.session_hash, None)
 
-    async def refresh(choice: str) -> Any:
+    async def refresh(choice: str) -> tuple[Any, ...]:
         await crew.refresh()
-        return head_of(crew, crew.kept(Choice.parse(choice)))
+        chosen = crew.kept(Choice.parse(choice))
+        model = crew.model(chosen)
+        return head_of(crew, chosen), gr.HTML(model_mpp=model.mpp if model else None)
 
     with gr.Blocks(title="medllava", analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session())
@@ -392,9 +417,13 @@ def build(
             with gr.Column(scale=6, min_width=380):
                 viewer = part(
                     "viewer", value=None, elem_id="viewer", src="", size=[0, 0], picture=0, boxes=[],
-                    point_side=POINT_SIDE,
+                    point_side=POINT_SIDE, tiles=None, mpp=None, power=None, model_mpp=None,
                 )
                 tray = part("tray", elem_id="tray", pictures=[], shown=None, regions=[])
+                shelf = gr.HTML(
+                    slide_strip(slides), js_on_load=PICK_EXAMPLE, elem_id="slides", apply_default_css=False,
+                    visible=bool(slides),
+                )
                 strip = gr.HTML(
                     example_strip(examples), js_on_load=PICK_EXAMPLE, elem_id="examples", apply_default_css=False
                 )
@@ -425,7 +454,9 @@ def build(
         ]
         viewer.opened(open_file, session, opened, **private)
         viewer.too_large(too_large, None, None, **private)
+        viewer.whole_slide(whole_slide, None, None, **private)
         strip.picked(open_example, session, opened, **private)
+        shelf.picked(open_slide, session, opened, **private)
         tray.shown(choose_picture, session, opened, **private)
         tray.loaded(load_regions, session, [viewer, tray], **private)
         tray.refused(regions_too_large, None, None, **private)
@@ -438,25 +469,29 @@ def build(
         stop.click(None, cancels=running, **private).then(stopped, session, chat, **private)
         chat.undo(undo, session, told, cancels=running, **private)
         chat.restart(restart, session, told, cancels=running, **private)
-        gr.Timer(STATUS_S).tick(refresh, head, head, queue=False, **private)
+        gr.Timer(STATUS_S).tick(refresh, head, [head, viewer], queue=False, **private)
         page.load(lambda: Session(), None, session, **private)
-        page.load(refresh, head, head, **private)
+        page.load(refresh, head, [head, viewer], **private)
         page.unload(leave)
         gr.api(ask_api, api_name="ask", concurrency_limit=None)
     return page
 
 
 def launch(
-    page: gr.Blocks, host: str, port: int, *, root_path: str = "", logins: list[tuple[str, str]] | None = None
+    page: gr.Blocks, host: str, port: int, *, root_path: str = "", logins: list[tuple[str, str]] | None = None,
+    slides: Sequence[ShownSlide] = (),
 ) -> None:
     """Serve the page in a thread: no share link, no analytics, no run history, no file uploads, no outside fonts."""
     fonts = ["system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
     theme = gr.themes.Soft(
         primary_hue="purple", secondary_hue="pink", neutral_hue="gray", font=fonts, font_mono=["monospace"]
     )
-    page.launch(
+    here = Path(__file__).parent
+    app, _, _ = page.launch(
         server_name=host, server_port=port, root_path=root_path or None, auth=logins, prevent_thread_lock=True,
         quiet=True, share=False, inbrowser=False, theme=theme,
-        css=(Path(__file__).parent / "web.css").read_text(encoding="utf-8"), footer_links=[], run_history=False,
+        css="\n".join((here / name).read_text(encoding="utf-8") for name in ("web.css", "viewer.css")),
+        footer_links=[], run_history=False,
         enable_monitoring=False, max_file_size=1, ssr_mode=False, pwa=False, mcp_server=False, show_error=True,
     )
+    add_routes(app, slides)

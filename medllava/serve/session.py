@@ -177,6 +177,8 @@ class Session:
     """Regions read from files, by the place of their picture."""
     drawn: Exchange | None = None
     """The exchange whose places are drawn on the picture."""
+    reading: bool = False
+    """The field of a slide is being read for a question that is not among the exchanges yet."""
     flashes: int = 0
     saves: int = 0
     """How often a place was flashed and a file was saved, so that the browser does each once."""

@@ -377,7 +377,7 @@ def serve_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
         page = build([Worker(url) for url in workers], examples, QUESTIONS, **options)
         pages.append(page)
         port = free_port("127.0.0.1", 0)
-        launch(page, "127.0.0.1", port, root_path=root_path)
+        launch(page, "127.0.0.1", port, root_path=root_path, slides=options.get("slides", ()))
         return f"http://127.0.0.1:{port}"
 
     yield start

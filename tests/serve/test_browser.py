@@ -53,12 +53,12 @@ def examples(tmp_path: Path) -> tuple[Path, ...]:
 
 def open_image(tab: Page, path: Path) -> None:
     tab.set_input_files("#viewer input[type=file]", path)
-    expect(tab.locator("#viewer canvas[data-ready=yes]")).to_be_visible()
+    expect(tab.locator("#viewer .marks[data-ready=yes]")).to_be_visible()
 
 
 def shown_picture(tab: Page, width: int, height: int) -> tuple[float, float, float]:
     """(x, y, scale) of the picture on the page: it is fitted into the canvas and centred."""
-    canvas = tab.locator("#viewer canvas").bounding_box()
+    canvas = tab.locator("#viewer .marks").bounding_box()
     assert canvas is not None
     scale = min(canvas["width"] / width, canvas["height"] / height)
     x = canvas["x"] + (canvas["width"] - width * scale) / 2
@@ -124,7 +124,7 @@ def test_open_draw_ask_and_see_the_answer_drawn(
     red = np.all(np.abs(pixels_of_canvas(tab) - (230, 25, 75)) < 8, axis=-1)
     rows, columns = np.nonzero(red)
     box_on_page = [columns.min(), columns.max(), rows.max()]
-    canvas = tab.locator("#viewer canvas").bounding_box()
+    canvas = tab.locator("#viewer .marks").bounding_box()
     assert canvas is not None
     left, top = x - canvas["x"], y - canvas["y"]
     meant = [left + 0.1 * 1200 * scale, left + 0.4 * 1200 * scale, top + 0.6 * 600 * scale]
@@ -136,7 +136,7 @@ def test_open_draw_ask_and_see_the_answer_drawn(
 
 
 def pixels_of_canvas(tab: Page) -> Any:
-    uri = tab.evaluate("document.querySelector('#viewer canvas').toDataURL('image/png')")
+    uri = tab.evaluate("document.querySelector('#viewer .marks').toDataURL('image/png')")
     return np.asarray(load_image(uri), int)
 
 
@@ -177,7 +177,7 @@ def test_a_point_an_example_and_a_tiff(worker: Any, serve: Serve, tab: Page, tis
     tab.click("#questions button >> nth=0")
     expect(tab.get_by_text("Draw a box on the image or click a point first.")).to_be_visible()
     tab.click("#examples button >> nth=0")
-    expect(tab.locator("#viewer canvas[data-ready=yes]")).to_be_visible()
+    expect(tab.locator("#viewer .marks[data-ready=yes]")).to_be_visible()
     x, y, scale = shown_picture(tab, 1200, 600)
     tab.mouse.click(x + 0.3 * 1200 * scale, y + 0.5 * 600 * scale)
     expect(region(tab)).to_have_text("around the point [0.22, 0.42, 0.38, 0.58]")

@@ -23,8 +23,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import httpx
-
 from medllava.errors import ConfigError, DataError, MissingExtraError, ServiceError, run_cli
 from medllava.images import load_image
 
@@ -194,6 +192,9 @@ def main(argv: list[str] | None = None) -> int:
             from medllava.serve.page import build, launch
         except ImportError as error:
             raise MissingExtraError("gradio and openai", "serve", error) from error
+        urls = options.worker or []
+        if own:
+            urls = [own.url()]
         page = build([Worker(url, keys[0] if keys else None) for url in urls], examples, questions)
         launch(page, options.host, port, root_path=options.root_path, logins=logins)
         print(f"web chat on http://{options.host}:{port}{options.root_path} (Ctrl-C ends it)", flush=True)

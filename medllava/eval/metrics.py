@@ -6,6 +6,7 @@ questions.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medllava.errors import DataError
-from medllava.eval.records import Answer, Condition, Failure, Metric, Question, Report, Verdict
+from medllava.eval.records import Answer, Bin, Calibration, Condition, Failure, Metric, Question, Report, Verdict
 from medllava.eval.rotation import applies, as_asked, steps
 from medllava.eval.vqa import METRICS, abstains, grade, metrics_of, reference, split_option
 from medllava.geometry import QUADRANTS, Box
@@ -96,7 +97,9 @@ def bounded(scores: Sequence[float], groups: Sequence[str], found: Estimate) -> 
 
 @dataclass(frozen=True)
 class Row:
-    """One question under one condition: its metrics (None if it could not be scored), what was read, and why."""
+    """One question under one condition: its metrics (None if it could not be scored), what was read, and why.
+    ``confidence``: the probability that the model gave what it answered, where it told one and right or wrong is all
+    that there is."""
 
     question: Question
     condition: Condition
@@ -107,6 +110,7 @@ class Row:
     cut_off: bool = False
     abstained: bool = False
     answered: bool = False
+    confidence: float | None = None
 
 
 def grade_all(questions: Sequence[Question], answers: Iterable[Answer], failures: Iterable[Failure] = ()) -> list[Row]:
@@ -148,8 +152,20 @@ def _row(question: Question, condition: Condition, answer: Answer | None, failur
     return Row(
         question, condition, graded.scores, graded.read, graded.reason,
         words=len(answer.text.split()), cut_off=answer.finish_reason == "length", abstained=abstains(answer.text),
-        answered=True,
+        answered=True, confidence=confidence(question, answer, graded.read),
     )
+
+
+def confidence(question: Question, answer: Answer, read: str | None) -> float | None:
+    """The share that the option named has of the probability of all legal options; without those, the probability of
+    the whole text. None for what no legal answer was read from, and for kinds that are not right or wrong."""
+    if read is None or metrics_of(question)[0] not in RIGHT_OR_WRONG:
+        return None
+    option = split_option(read)
+    named = option[0] if option else read
+    if answer.options and named in answer.options and sum(answer.options.values()) > 0:
+        return answer.options[named] / sum(answer.options.values())
+    return None if answer.logprob is None else min(1.0, math.exp(answer.logprob))
 
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
@@ -235,9 +251,34 @@ def summarise(rows: Sequence[Row], provenance: dict[str, object], *, seed: int =
         },
         rotation=rotation, letters=letters,
         by_category=_by_category([row for row in rows if row.condition == "real"], seed),
+        calibration={
+            name: found for name in METRICS if name in real and name in firsts
+            if (found := calibrate(name, real[name], seed=seed))
+        },
         notes=tuple(_notes(rows, gains, rotation, letters)),
         provenance=dict(provenance),
     )
+
+
+def calibrate(name: str, rows: Sequence[Row], *, bins: int = 10, seed: int = 0) -> Calibration | None:
+    """Probability beside share of right answers in bins of equal width (Guo et al. 2017); None where none was told."""
+    told = [(row, row.confidence) for row in rows if row.confidence is not None and row.scores is not None]
+    if not told:
+        return None
+    parts: dict[int, list[tuple[Row, float]]] = {}
+    for row, chance in told:
+        parts.setdefault(min(int(chance * bins), bins - 1), []).append((row, chance))
+    found = []
+    for place, some in sorted(parts.items()):
+        scores, groups = [(row.scores or {})[name] for row, _ in some], [row.question.group for row, _ in some]
+        right = bounded(scores, groups, estimate(scores, groups, seed=seed))
+        found.append(Bin(
+            low=place / bins, high=(place + 1) / bins, n=len(some),
+            confidence=float(np.mean([chance for _, chance in some])),
+            right=Metric(value=right.value, low=right.low, high=right.high, n=len(some)),
+        ))
+    error = sum(each.n * abs(each.confidence - (each.right.value or 0.0)) for each in found) / len(told)
+    return Calibration(error=error, n=len(told), bins=tuple(found))
 
 
 def metric_of(scores: Sequence[float], groups: Sequence[str], unscored: int = 0, seed: int = 0) -> Metric:
@@ -253,7 +294,7 @@ def _rotation(rows: Sequence[Row], seed: int) -> tuple[dict[str, Metric], dict[s
         if row.condition == "real" or steps(row.condition):
             by_question.setdefault(row.question.id, []).append(row)
     letters: Counter[str] = Counter()
-    means, same, right, groups, missing = [], [], [], [], 0
+    means, same, right, moved, groups, missing = [], [], [], [], [], 0
     for orders in by_question.values():
         question = orders[0].question
         if not applies(question, "rotated_1"):
@@ -268,10 +309,13 @@ def _rotation(rows: Sequence[Row], seed: int) -> tuple[dict[str, Metric], dict[s
         means.append(float(np.mean(scores)))
         same.append(float(len(texts) == 1 and None not in texts))
         right.append(float(min(scores) == 1))
+        moved.append(float(scores[0] - np.mean(scores[1:])))
         groups.append(question.group)
     found = {
         name: metric_of(values, groups, missing, seed)
-        for name, values in (("mean", means), ("same_answer", same), ("all_right", right))
+        for name, values in (
+            ("mean", means), ("same_answer", same), ("all_right", right), ("difference", moved)
+        )
     }
     return found, {letter: count / letters.total() for letter, count in sorted(letters.items())}
 

@@ -133,9 +133,10 @@ class Report(_Record):
     counts, per condition and metric, the answers that could not be read as any legal answer and so count as wrong.
     ``abstention`` is the share of answers, per condition, that say they cannot tell. ``rotation``, where options were
     rotated: ``mean`` accuracy over all orders, ``same_answer`` (the same option named in every order), ``all_right``;
-    ``letters`` is the share of each letter among the answers to all orders; ``difference``, the best order's accuracy
-    minus the worst one's. ``by_category``: category -> value -> metric, on real pictures. ``calibration``: on real
-    pictures, where the model tells probabilities. ``notes`` says in words what the numbers mean.
+    ``difference`` is the accuracy in the order as published minus that in the others; ``letters``, the share of each
+    letter among the answers to all orders. ``by_category``: category -> value -> metric, on real pictures.
+    ``calibration``: on real pictures, where the model tells probabilities. ``notes`` says in words what the numbers
+    mean.
     """
 
     metrics: dict[str, Metric]

@@ -1,19 +1,23 @@
-"""Write report.json, .md, .tex, .html and chart.svg for saved answers, with pictures of right, wrong, unclear ones.
+"""Write report.json, .md, .tex, .html and chart.svg for saved answers, with a gallery of right, wrong and unclear ones.
 
-The page is one file: pictures and style are inside it and it asks nothing of any network.
+The page is one file: pictures, style and script are inside it and it asks nothing of any network. Its gallery is
+filtered by outcome, category and words, and holds small copies of the pictures up to --gallery-mb. --model-card writes
+the scores into the head of a checkpoint's README.md, where the Hugging Face hub reads them.
 
 example:
   medllava eval report --answers answers/answers.jsonl --out report
+  medllava eval report --answers answers/answers.jsonl --out report --model-card stage2
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medllava.errors import DataError, MissingExtraError
+from medllava.errors import ConfigError, MissingExtraError
 from medllava.eval.records import Metric, Report
 
 if TYPE_CHECKING:
@@ -21,14 +25,11 @@ if TYPE_CHECKING:
 
 HELP = "write the report as JSON, Markdown and one HTML page with pictures"
 
-REFERENCE_COLOUR, ANSWER_COLOUR = "#1a9850", "#e6194b"
 JUDGE = "mean grade 0..1 by a text model that sees the reference but not the picture"
 ROTATION = {
     "mean": "accuracy over all orders", "same_answer": "the same option named in every order",
-    "all_right": "right in every order",
+    "all_right": "right in every order", "difference": "accuracy in the order as published, minus in the others",
 }
-_RIGHT_IOU = 0.5
-_THUMBNAIL = 480
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, help="folder of the pictures (default: the one they were asked with)")
     parser.add_argument("--judged", type=Path, help="judge.json of the judge step, to be shown as one more metric")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
-    parser.add_argument("--gallery", type=int, default=8, help="pictures of right and of wrong answers each; default 8")
+    parser.add_argument("--gallery", type=int, default=10_000, help="most answers in the gallery; default %(default)s")
+    parser.add_argument(
+        "--gallery-mb", type=float, default=20, help="most megabytes of pictures in the page; default %(default)s"
+    )
+    parser.add_argument("--model-card", type=Path, help="checkpoint folder whose README.md gets the scores, too")
     parser.add_argument("--title", help="heading of the report")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
 
@@ -61,17 +66,21 @@ def run(arguments: argparse.Namespace) -> int:
         judged = Report.model_validate(read_json(arguments.judged))
         notes = (*report.notes, *(f"Judge: {note}" for note in judged.notes))
         report = report.model_copy(update={"metrics": {**report.metrics, **judged.metrics}, "notes": notes})
-    texts = {
-        answer.question_id: answer.text for answer in read_answers(answers) if answer.condition == "real"
+    if arguments.gallery < 0 or arguments.gallery_mb < 0:
+        raise ConfigError("--gallery and --gallery-mb must not be negative")
+    texts: dict[tuple[str, str], str] = {
+        (answer.question_id, answer.condition): answer.text for answer in read_answers(answers)
     }
     title = arguments.title or f"Evaluation: {made.get('benchmark', {}).get('name', 'answers')}"
     write_report(
         arguments.out, report, rows, texts, images or Path(made.get("images", answers.parent)), title=title,
-        gallery=arguments.gallery, date=made.get("date"),
+        gallery=arguments.gallery, gallery_mb=arguments.gallery_mb, date=made.get("date"),
     )
     write_records(arguments.out / "verdicts.jsonl", verdicts(rows))
     write_json(arguments.out / "report.json", report.model_dump(mode="json"))
     print(as_text(report))
+    if arguments.model_card:
+        print(f"\n{write_model_card(arguments.model_card, report)}")
     print(f"\n{arguments.out / 'report.html'}")
     return 0
 
@@ -80,14 +89,16 @@ def write_report(
     out: Path,
     report: Report,
     rows: list[Row],
-    texts: dict[str, str],
+    texts: Mapping[tuple[str, str], str],
     images: Path,
     *,
     title: str,
-    gallery: int = 8,
+    gallery: int = 10_000,
+    gallery_mb: float = 20,
     date: str | None = None,
 ) -> None:
-    """Write chart.svg, report.md, report.tex and report.html into ``out``; ``texts`` maps question ids to answers."""
+    """Write chart.svg, report.md, report.tex and report.html into ``out``; ``texts`` maps question ids and conditions
+    to answers. ``gallery``: most answers in the page, ``gallery_mb``: of pictures."""
     from medllava.eval.chart import bar_chart
     from medllava.jsonl import atomic_write
 
@@ -96,7 +107,7 @@ def write_report(
         ("chart.svg", chart),
         ("report.md", as_markdown(report, title)),
         ("report.tex", as_latex(report, title)),
-        ("report.html", _as_html(report, rows, texts, images, title, chart, gallery, date)),
+        ("report.html", _as_html(report, rows, texts, images, title, chart, gallery, gallery_mb, date)),
     ):
         with atomic_write(out / name) as file:
             file.write(text)
@@ -137,6 +148,10 @@ def as_markdown(report: Report, title: str) -> str:
         lines += ["| --- | ---: | ---: | ---: |"]
         for name, found in report.rotation.items():
             lines.append(f"| {ROTATION[name]} | {number(found.value)} | {interval(found)} | {found.n} |")
+    if report.calibration:
+        lines += ["", "## Does it know what it knows?", "", "| metric | expected calibration error | answers |"]
+        lines += ["| --- | ---: | ---: |"]
+        lines += [f"| {name} | {found.error:.3f} | {found.n} |" for name, found in report.calibration.items()]
     if report.abstention:
         shares = ", ".join(f"{name} {number(found.value)}" for name, found in report.abstention.items())
         lines += ["", f"Share of answers that say they cannot tell: {shares}."]
@@ -193,86 +208,75 @@ def interval(found: Metric, sign: bool = False) -> str:
     return f"{form(found.low)} to {form(found.high)}"
 
 
-def _as_html(
-    report: Report, rows: list[Row], texts: dict[str, str], images: Path, title: str, chart: str, gallery: int,
-    date: str | None,
-) -> str:
+def environment() -> Any:
+    """Jinja with this folder's templates, in which everything is escaped. Raises MissingExtraError."""
     try:
         import jinja2
     except ImportError as error:
         raise MissingExtraError("jinja2", "eval", error) from error
-    from medllava.eval.chart import LABELS
-    from medllava.eval.judge_pairs import METRICS as PAIRS
-    from medllava.eval.vqa import METRICS
-
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )
-    environment.filters.update(number=number, signed=signed, interval=interval)
+    made.filters.update(number=number, signed=signed, interval=interval)
+    return made
+
+
+def _as_html(
+    report: Report, rows: list[Row], texts: Mapping[tuple[str, str], str], images: Path, title: str, chart: str,
+    gallery: int, gallery_mb: float, date: str | None,
+) -> str:
+    from medllava.eval.chart import LABELS, calibration_chart, category_chart
+    from medllava.eval.gallery import SIDE, as_script, items, small_pictures
+    from medllava.eval.judge_pairs import METRICS as PAIRS
+    from medllava.eval.vqa import METRICS
+
     real = [row for row in rows if row.condition == "real"]
-    scored = [row for row in real if row.scores is not None]
-    right = _spread([row for row in scored if _is_right(row)], gallery)
-    wrong = _spread([row for row in scored if not _is_right(row) and row.read is not None], gallery)
-    unclear = _spread([row for row in scored if row.read is None], gallery)
-    cards = {row.question.id: _card(row, texts, images) for row in (*right, *wrong, *unclear)}
-    return environment.get_template("report.html").render(
+    shown = items(rows, texts)[:gallery]
+    names = list(dict.fromkeys(item["picture"] for item in shown if "picture" in item))
+    pictures = small_pictures(names, images, int(gallery_mb * 1e6))
+    return str(environment().get_template("report.html").render(
         title=title, report=report, definitions={**METRICS, **PAIRS, "judge": JUDGE}, labels=LABELS,
-        rotation=ROTATION,
-        chart=chart.replace("<svg ", '<svg class="chart" ', 1),
+        rotation=ROTATION, chart=chart.replace("<svg ", '<svg class="chart" ', 1),
+        categories={name: category_chart(values) for name, values in report.by_category.items()},
+        calibration={name: calibration_chart(found) for name, found in report.calibration.items()},
         model=report.provenance.get("model", "unknown model"), date=date,
         questions=len(real), groups=len({row.question.group for row in real}),
-        boxes=any(card["boxes"] for card in cards.values()),
-        galleries=[
-            ("Right answers", [cards[row.question.id] for row in right]),
-            ("Wrong answers", [cards[row.question.id] for row in wrong]),
-            ("Unclear answers", [cards[row.question.id] for row in unclear]),
-        ],
+        answers=len(shown), side=SIDE, with_picture=len(pictures), of_pictures=len(names), limit_mb=gallery_mb,
+        boxes=any("box" in item or "answered" in item for item in shown),
+        items=as_script(shown), pictures=as_script(pictures), labels_script=as_script(LABELS),
         provenance=_flat(report.provenance),
-    )
+    ))
 
 
-def _is_right(row: Row) -> bool:
-    score = next(iter((row.scores or {}).values()), 0.0)
-    return score >= (_RIGHT_IOU if row.question.kind in {"box", "open"} else 1.0)
+def write_model_card(folder: Path, report: Report) -> Path:
+    """Put the scores into the head of ``folder``'s README.md as a model-index; those of other benchmarks stay. Raises
+    ConfigError if the folder is none, or its card's head is no YAML."""
+    import yaml
 
+    from medllava.eval.harness import model_index
+    from medllava.jsonl import atomic_write
 
-def _spread(rows: list[Row], most: int) -> list[Row]:
-    """Up to ``most`` rows, taken in turn from each kind of question, preferring videos not shown yet."""
-    by_kind: dict[str, list[Row]] = {}
-    for row in rows:
-        by_kind.setdefault(row.question.kind, []).append(row)
-    chosen: list[Row] = []
-    while len(chosen) < most and any(by_kind.values()):
-        for waiting in by_kind.values():
-            if waiting and len(chosen) < most:
-                shown = {row.question.group for row in chosen}
-                fresh = next((place for place, row in enumerate(waiting) if row.question.group not in shown), 0)
-                chosen.append(waiting.pop(fresh))
-    return chosen
-
-
-def _card(row: Row, texts: dict[str, str], images: Path) -> dict[str, Any]:
-    from medllava.eval.vqa import first_box
-    from medllava.images import load_image, to_data_uri
-
-    question, text = row.question, texts.get(row.question.id, "")
-    picture = None
-    if question.image:
-        try:
-            image = load_image(images / question.image)
-            image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-            picture = to_data_uri(image, "JPEG")
-        except DataError:
-            # A report can be written where the pictures are not; the card then shows the words alone.
-            picture = None
-    answered = first_box(text)
-    boxes = [(box, colour) for box, colour in ((question.box, REFERENCE_COLOUR), (answered, ANSWER_COLOUR)) if box]
-    return {
-        "picture": picture, "boxes": boxes, "right": _is_right(row), "kind": question.kind, "id": question.id,
-        "question": question.question, "answer": text, "reference": question.answer,
-        "reason": row.reason if row.read is None or question.kind in {"box", "open"} else "",
-    }
+    if not folder.is_dir():
+        raise ConfigError(f"--model-card {folder}: no such checkpoint folder")
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.resolve().name}\n"
+    head, body = "", text
+    if text.startswith("---\n") and "\n---" in text[3:]:
+        head, _, body = text[4:].partition("\n---")
+        body = body.removeprefix("\n")
+    try:
+        values = yaml.safe_load(head) or {}
+        (made,) = yaml.safe_load(model_index(report, folder.resolve().name))["model-index"]
+        (result,) = made["results"]
+        (before,) = values.get("model-index") or [{"name": made["name"], "results": []}]
+        others = [one for one in before["results"] if one["dataset"]["type"] != result["dataset"]["type"]]
+        values["model-index"] = [{"name": before["name"], "results": [*others, result]}]
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: its head is not what the hub reads ({type(error).__name__}); repair it") from error
+    with atomic_write(path) as file:
+        file.write(f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=118)}---\n{body}")
+    return path
 
 
 def _flat(provenance: dict[str, Any]) -> list[tuple[str, str]]:

@@ -19,8 +19,11 @@ from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from medllava.errors import ConfigError, DataError
 from medllava.eval.records import Answer, Failure, Metric, Report
+from medllava.jsonl import describe
 
 if TYPE_CHECKING:
     from medllava.eval.metrics import Row
@@ -129,6 +132,7 @@ def read_answers(path: Path, known: Container[str] | None = None) -> list[Answer
                 text=row["text"],
                 finish_reason=str(row.get("finish_reason") or "stop"),
                 model=str(row.get("model") or row.get("model_id") or "unknown"),
+                **_told(row, f"{path}:{number}"),
             )
         )
         answer = found[-1]
@@ -146,6 +150,15 @@ def read_answers(path: Path, known: Container[str] | None = None) -> list[Answer
     if not found:
         raise DataError(f"{path}: holds no answers")
     return found
+
+
+def _told(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The probabilities of an answer, where it has them."""
+    told = {name: row[name] for name in ("logprob", "tokens", "options") if row.get(name) is not None}
+    try:
+        return Answer.model_validate({"question_id": "", "text": "", "model": "", **told}).model_dump(include=set(told))
+    except ValidationError as error:
+        raise DataError(f"{where}: {describe(error)}") from error
 
 
 def _answers_hash(answers: list[Answer]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medllava.errors import ConfigError, DataError
 from medllava.eval import __main__ as commands
@@ -206,3 +207,64 @@ def test_a_definition_finds_its_files_beside_it(discs: Path, looks: Ask, tmp_pat
     benchmark = load_benchmark(str(tmp_path / "mine.yaml"))
     assert benchmark.questions == (tmp_path / "q.jsonl").resolve()
     assert benchmark.images == (tmp_path / "pictures").resolve()
+
+
+def test_a_picture_is_opened_and_encoded_once(
+    checkpoint: Path, discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty questions on four pictures in one batch: four pictures opened, four through the encoder, and the answers
+    and log-probabilities of one question at a time."""
+    from medllava.eval import models, pictures
+
+    questions = [
+        question.model_copy(update={"id": f"{number}-{question.id}", "kind": "open", "choices": (), "box": None})
+        for number, question in enumerate(read_questions(discs / "questions.jsonl")[:20])
+    ]
+    benchmark = Benchmark(name="discs", conditions=("real",), max_new_tokens=6)
+    model = models.open_local(checkpoint, "cpu", benchmark.max_new_tokens)
+    opened: list[object] = []
+    load = pictures.load_image
+
+    def counted(path: Path) -> Image.Image:
+        opened.append(path)
+        return load(path)
+
+    monkeypatch.setattr(pictures, "load_image", counted)
+    answer_all(questions, benchmark, Pictures(discs, questions), model, tmp_path / "together", batch=20)
+    assert len(opened) == 4
+    answer_all(questions, benchmark, Pictures(discs, questions), model, tmp_path / "alone", batch=1)
+    together, alone = ({row.question_id: row for row in answers_in(tmp_path / name)} for name in ("together", "alone"))
+    assert {key: row.text for key, row in together.items()} == {key: row.text for key, row in alone.items()}
+    for key, row in together.items():
+        assert row.logprob is not None and row.logprob < 0 and row.tokens
+        assert row.logprob == pytest.approx(alone[key].logprob, abs=1e-3)
+
+
+def test_probabilities_of_the_options() -> None:
+    from medllava.eval.models import beginnings, option_chances
+
+    yes_no = Question(id="a", image=None, question="?", kind="closed", answer="yes", choices=("yes", "no"), group="g")
+    lettered = yes_no.model_copy(update={"choices": ("A: gland", "B: vessel"), "answer": "A: gland"})
+    assert beginnings(yes_no) == {"yes": "yes", "no": "no"}
+    assert beginnings(lettered) == {"a": "A", "b": "B"}
+    assert beginnings(yes_no.model_copy(update={"choices": ("gland", "vessel")})) == {}
+    told = [("Yes", np.log(0.5)), (" yes", np.log(0.2)), ("\u2581No", np.log(0.1)), ("Maybe", np.log(0.1))]
+    assert option_chances(beginnings(yes_no), told) == pytest.approx({"yes": 0.7, "no": 0.1})
+    assert option_chances(beginnings(yes_no), [("Maybe", -0.1)]) is None
+
+
+def test_kept_pictures_have_a_limit(discs: Path) -> None:
+    from medllava.eval.pictures import Shown
+
+    questions = read_questions(discs / "questions.jsonl")
+    made: list[Image.Image] = []
+
+    def make(image: Image.Image) -> Image.Image:
+        made.append(image)
+        return image
+
+    shown = Shown(Pictures(discs, questions), make, most_bytes=3 * 96 * 96 * 3)
+    order = [questions[index] for index in (0, 5, 10, 0, 15, 5)]
+    for question in order:
+        shown.of(question, "real")
+    assert len(made) == 5  # the fourth was kept, the last had to go for the one before

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from medllava.eval import __main__ as commands
 from medllava.eval.answer import answer_all
@@ -37,17 +40,27 @@ def report(discs: Path, looks: Ask, guesses: Ask, tmp_path: Path) -> Path:
     return out
 
 
+def items_of(page: str) -> list[dict[str, Any]]:
+    """The answers in the page's gallery."""
+    found = re.search(r'<script type="application/json" id="items">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    items: list[dict[str, Any]] = json.loads(found.group(1))
+    return items
+
+
 def test_the_page_stands_alone(report: Path) -> None:
     page = (report / "report.html").read_text()
-    assert not re.search(r"""(?:src|href)=["'](?!data:)""", page)
-    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:)""", page)
+    assert "http:" not in page.replace("http://www.w3.org/2000/svg", "") and "https:" not in page
     assert "url(" not in page and "@import" not in page
     assert "Discs &amp; co" in page
     assert "stub &lt;b&gt;" in page
     assert page.count("data:image/jpeg;base64,") == 24
-    assert "Unclear answers" in page
-    assert "card right" in page and "card wrong" in page
-    assert "#1a9850" in page and "#e6194b" in page
+    assert "Content-Security-Policy" in page and "default-src 'none'" in page
+    gallery = items_of(page)
+    assert len(gallery) == 120 and {item["outcome"] for item in gallery} == {"right", "wrong", "unclear"}
+    assert any(item["kind"] == "box" and "box" in item and "answered" in item for item in gallery)
+    assert set(gallery[0]["others"]) == {"no_image", "blank", "noise", "mismatched"}
 
 
 def test_report_holds_the_keys_others_read(report: Path) -> None:
@@ -71,7 +84,94 @@ def test_pictures_that_are_gone_leave_the_words(discs: Path, report: Path, tmp_p
     line = ["report", "--answers", str(tmp_path / "answers.jsonl"), "--images", str(tmp_path / "gone"), "--out"]
     assert commands.main([*line, str(tmp_path / "second")]) == 0
     page = (tmp_path / "second" / "report.html").read_text()
-    assert "data:image" not in page and "Where is the" in page
+    assert "data:image" not in page and "0 of 24 pictures" in page
+    assert any(item["question"].startswith("Where is the") for item in items_of(page))
+
+
+def test_the_pictures_have_a_limit(discs: Path, report: Path, tmp_path: Path) -> None:
+    line = ["report", "--answers", str(tmp_path / "answers.jsonl"), "--images", str(discs), "--gallery-mb", "0.01"]
+    assert commands.main([*line, "--gallery", "50", "--out", str(tmp_path / "small")]) == 0
+    page = (tmp_path / "small" / "report.html").read_text()
+    assert 0 < page.count("data:image/jpeg") < 10 and len(page) < 120_000
+    assert len(items_of(page)) == 50 and "0.01 MB in all" in page
+
+
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+
+
+def told(number: int) -> dict[str, Any]:
+    """An answer to question ``number`` of the run below: calibrated, since it is right as often as it says."""
+    chance = (number % 10 + 0.5) / 10
+    right = number // 10 % 10 < number % 10
+    return {"question_id": f"q{number}", "text": HOSTILE if number == 3 else "Yes" if right else "No", "model": HOSTILE,
+            "options": {"yes": chance, "no": 1 - chance} if right else {"yes": 1 - chance, "no": chance}}
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """The report of a run of 1,000 closed questions with categories, probabilities, and markup in an answer."""
+    Image.new("RGB", (40, 30), "pink").save(tmp_path / "p.png")
+    write_records(tmp_path / "questions.jsonl", [
+        {"id": f"q{n}", "image": "p.png", "question": f"Is it {n}?", "kind": "closed", "answer": "yes",
+         "choices": ["yes", "no"], "group": f"g{n % 50}", "categories": {"tissue": "Bone" if n % 4 else "<i>Skin</i>"}}
+        for n in range(1000)
+    ])
+    write_records(tmp_path / "answers.jsonl", [told(n) for n in range(1000)])
+    line = ["report", "--answers", str(tmp_path / "answers.jsonl"), "--images", str(tmp_path), "--out"]
+    assert commands.main([*line, str(tmp_path / "out")]) == 0
+    return tmp_path / "out"
+
+
+def test_calibration_of_a_model_that_knows_what_it_knows(large: Path) -> None:
+    found = json.loads((large / "report.json").read_text())["calibration"]["closed_accuracy"]
+    assert found["n"] == 999 and len(found["bins"]) == 10
+    assert found["error"] == pytest.approx(0.05, abs=0.005)
+    assert all(each["right"]["low"] <= each["right"]["value"] <= each["right"]["high"] for each in found["bins"])
+    page = (large / "report.html").read_text()
+    assert "Does it know what it knows?" in page and "<title>Calibration</title>" in page
+    assert "| closed_accuracy | 0.05" in (large / "report.md").read_text()
+
+
+def test_answers_are_text_and_no_markup(large: Path) -> None:
+    page = (large / "report.html").read_text()
+    assert "<script>document" not in page and "<img src=x" not in page and "<i>Skin" not in page
+    assert items_of(page)[3]["answer"] == HOSTILE
+
+
+def test_the_gallery_in_a_browser(large: Path) -> None:
+    playwright_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium here")
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        faults: list[str] = []
+        asked: list[str] = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: faults.append(message.text))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((large / "report.html").as_uri())
+        count = page.locator("#count")
+        assert count.inner_text() == "1 to 24 of 1000 answers"
+        assert page.locator("#cards .card img").first.evaluate("image => image.naturalWidth") == 40
+        page.keyboard.press("ArrowRight")
+        assert count.inner_text() == "25 to 48 of 1000 answers"
+        page.get_by_role("button", name="unclear 1").click()
+        assert page.locator("#cards .said").all_inner_texts() == [HOSTILE]
+        page.keyboard.press("0")
+        page.locator("#group").select_option("tissue: <i>Skin</i>")
+        assert count.inner_text() == "1 to 24 of 250 answers"
+        page.locator("#cards .card").first.focus()
+        page.keyboard.press("/")
+        page.keyboard.type("is it 40?")
+        assert count.inner_text() == "1 to 1 of 1 answers"
+        page.keyboard.press("Escape")
+        page.keyboard.press("0")
+        assert count.inner_text() == "1 to 1 of 1 answers"
+        assert not faults and page.title() == "Evaluation: answers"
+        assert [url for url in asked if not url.startswith(("data:", "file:"))] == []
+        browser.close()
 
 
 def test_report_beside_the_answers(discs: Path, report: Path, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from medllava.train.config import load_training_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 KINDS = {
-    "train/recipes": "training", "train/deepspeed": "deepspeed", "instruct_gen": "frame filter",
+    "train/recipes": "training", "train/deepspeed": "deepspeed", "train/launch": "launch file",
+    "instruct_gen": "frame filter",
     "instruct_gen/recipes": "generation", "instruct_gen/prompts": "prompt",
     "instruct_gen/vocabulary": "vocabulary",
     "eval/benchmarks": "benchmark", "eval/prompts": "judge",
@@ -77,7 +78,9 @@ def test_it_loads_as_what_it_is(path: Path) -> None:
         assert load_benchmark(str(path)).name == path.stem
     elif kind == "lmms-eval task":
         assert path.read_text() == lmms_tasks()[path.name], "make it again: medllava eval harness --to lmms-eval"
-    elif kind == "script":
+    elif path.name == "hostfile":
+        assert all(re.fullmatch(r"\S+ slots=[1-9]\d*", line) for line in path.read_text().splitlines())
+    elif kind in {"script", "launch file"}:
         assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
     elif kind == "deployment":
         _check_flags(path.read_text())

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,30 @@ def test_two_processes_learn_what_one_does_in_every_stage(
     )
     for name in STAGES:
         same(alone / name, tmp_path / name)
+
+
+def test_two_nodes_learn_what_one_process_does(mixed: Path, stage0: Path, alone: Path, tmp_path: Path) -> None:
+    """Two launches of the file for several nodes meet on a port and are one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "HOST": "127.0.0.1", "PORT": str(port), "NODES": "2", "PER_NODE": "1", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(TRAIN.parent), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    launch = ["bash", str(TRAIN / "launch" / "torchrun.sh")]
+    arguments = command(mixed, stage0, tmp_path / "lora", *STAGES["lora"])
+    nodes = [
+        subprocess.Popen([*launch, *arguments], env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        said = [node.communicate(timeout=300)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], "".join(said)[-3000:]
+    same(alone / "lora", tmp_path / "lora")
+    assert all("memory per device (2)" in told for told in said)
 
 
 def test_packing_learns_what_padding_does(mixed: Path, stage0: Path, alone: Path, tmp_path: Path) -> None:

@@ -190,13 +190,15 @@ def _run_all(steps: list[Step], out: Path) -> None:
         pace = spent / done_minutes if done_minutes > 0.5 else 1.0
         print(f"\n{head}   (about {max(1, round((usual - done_minutes) * pace))} min left)", flush=True)
         _start_anew_if_changed(step, out, earlier)
+        started = time.monotonic()
         if step.needs_teacher:
             with _teacher() as address:
                 _run(step, [address if word == "TEACHER" else word for word in step.command])
         else:
             _run(step, step.command)
         done_minutes += step.minutes
-        write_json(marker, {"key": earlier, "command": step.command})
+        seconds = round(time.monotonic() - started, 1)
+        write_json(marker, {"key": earlier, "command": step.command, "seconds": seconds})
 
 
 def _start_anew_if_changed(step: Step, out: Path, key: str) -> None:

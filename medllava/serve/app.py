@@ -17,9 +17,9 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -37,11 +37,23 @@ from medllava.serve.engine import Engine, Piece, Ticket
 from medllava.serve.faults import Refused, refusal
 from medllava.serve.fetch import fetch_picture
 from medllava.serve.metrics import Call, Metrics
-from medllava.serve.schema import ChatRequest, Usage, choice, chunk, completion, logprobs_of, model_list
+from medllava.serve.schema import (
+    ChatRequest,
+    Conversation,
+    LookingRequest,
+    Usage,
+    choice,
+    chunk,
+    completion,
+    logprobs_of,
+    looked,
+    model_list,
+)
 
 if TYPE_CHECKING:
     from medllava.model.answerer import Answerer
     from medllava.model.decoding import Prepared, TokenLogprob
+    from medllava.model.looking import Looker, LookingQuestion, LookingRow
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +65,14 @@ HEARTBEAT_S = 3.0
 """How often a silent stream sends a comment, so that nobody takes it for dead. Some clients wait no more than 5 s."""
 DRAIN_S = 30.0
 """How long a request that is too large is read on and forgotten, so that its sender comes to read why."""
-REQUEST_BODY = {
-    "requestBody": {
-        "required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}
-    }
-}
+
+Asked = TypeVar("Asked", bound=Conversation)
+
+
+def request_body(kind: type[Conversation]) -> dict[str, Any]:
+    """How the OpenAPI schema tells a route's body."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 @dataclass
@@ -202,11 +217,12 @@ def create_app(
     schema = app.openapi
 
     def openapi() -> dict[str, Any]:
-        """The schema with the request's types, which FastAPI does not see: the body is read by :func:`read_body`."""
+        """The schema with the requests' types, which FastAPI does not see: the body is read by :func:`read_body`."""
         whole = schema()
-        request = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-        types = request.pop("$defs")
-        whole.setdefault("components", {}).setdefault("schemas", {}).update(types | {"ChatRequest": request})
+        types = whole.setdefault("components", {}).setdefault("schemas", {})
+        for kind in (ChatRequest, LookingRequest):
+            request = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+            types |= request.pop("$defs") | {kind.__name__: request}
         return whole
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -219,7 +235,8 @@ def create_app(
     @app.exception_handler(HTTPException)
     async def say_what_is_here(_: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        message = f"{error.detail}; this worker has /v1/chat/completions, /v1/models, /health and /metrics"
+        here = "/v1/chat/completions, /v1/medllava/looking, /v1/models, /health and /metrics"
+        message = f"{error.detail}; this worker has {here}"
         return JSONResponse(Refused(error.status_code, code, message).body(), error.status_code, error.headers)
 
     @app.get("/health")
@@ -246,9 +263,18 @@ def create_app(
         known = {answerer.model_id: answerer.manifest for answerer in models.ready()}
         return model_list(known, int(models.started))
 
-    @app.post("/v1/chat/completions", openapi_extra=REQUEST_BODY)
+    @app.post("/v1/chat/completions", openapi_extra=request_body(ChatRequest))
     async def chat_completions(request: Request) -> Response:
-        call = Call(f"chatcmpl-{uuid.uuid4().hex}")
+        return await watched(request, Call(f"chatcmpl-{uuid.uuid4().hex}"), answer)
+
+    @app.post("/v1/medllava/looking", openapi_extra=request_body(LookingRequest))
+    async def looking(request: Request) -> Response:
+        return await watched(request, Call(f"looking-{uuid.uuid4().hex}"), look)
+
+    async def watched(
+        request: Request, call: Call, answer: Callable[[Request, Call, list[Ticket]], Awaitable[Response]]
+    ) -> Response:
+        """Count the call, and let its place in line and in the batch go however it ends."""
         tickets: list[Ticket] = []
 
         def over() -> None:
@@ -284,7 +310,7 @@ def create_app(
         models.ready()
         engine.check_room()
         with intake.share() as take:
-            question = parse(await read_body(request, limits, take))
+            question = parse(await read_body(request, limits, take), ChatRequest)
             answerer = models.find(question.model)
             call.model, call.stream, call.answers = question.model, bool(question.stream), question.answers()
             call.images = len(question.image_uris())
@@ -306,6 +332,29 @@ def create_app(
             return EventStream(server_sent_events(news, first, created, with_usage), lambda: None)
         choices = await whole_answers(news)
         return JSONResponse(completion(call.id, created, call.model or "", choices, usage_of(call)))
+
+    async def look(request: Request, call: Call, tickets: list[Ticket]) -> Response:
+        check_key(request.headers, api_keys)
+        models.ready()
+        engine.check_room()
+        with intake.share() as take:
+            question = parse(await read_body(request, limits, take), LookingRequest)
+            looker = models.find(question.model).looker
+            call.model, call.images = question.model, len(question.image_uris())
+            pictures = Pictures(question.image_uris(), limits, image_hosts or {})
+            ticket = engine.enter(looker, 1, streamed=False)
+            tickets.append(ticket)
+            call.received_s = ticket.arrived - call.started
+            async with readers:
+                prepared = await asyncio.to_thread(prepare_looking, looker, question, pictures)
+            del question, pictures
+        call.prompt_tokens = len(prepared.ids)
+        engine.begin(ticket, [prepared])
+        news = News(engine, ticket, request, call, limits.max_wait_s)
+        while news.unfinished:
+            await news.next(HEARTBEAT_S)
+        row = cast("LookingRow", ticket.rows[0])
+        return JSONResponse(looked(call.model, row.result()))
 
     return app
 
@@ -425,10 +474,10 @@ async def _forget_the_rest(request: Request, size: int, most: int) -> None:
                     return
 
 
-def parse(body: bytes | bytearray) -> ChatRequest:
+def parse(body: bytes | bytearray, kind: type[Asked]) -> Asked:
     """The request. Raises Refused that names each field at fault."""
     try:
-        return ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         faults = error.errors(include_input=False, include_context=False)
         unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]
@@ -455,6 +504,17 @@ def prepare(
         raise refusal(error) from None
     seeds = [None if question.seed is None else question.seed + number for number in range(question.answers())]
     return [replace(first, seed=seed) for seed in seeds]
+
+
+def prepare_looking(looker: Looker, question: LookingRequest, images: Sequence[Image.Image]) -> LookingQuestion:
+    """Raises Refused."""
+    try:
+        return looker.prepare(
+            images, question.turns(), question.answer, picture=question.picture, cells=question.cells,
+            fill=question.fill, attention=question.attention,
+        )
+    except MedllavaError as error:
+        raise refusal(error) from None
 
 
 class Pictures(Sequence[Image.Image]):

@@ -16,6 +16,7 @@ import openai
 
 from medllava.conversation import Turn
 from medllava.errors import ServiceError
+from medllava.geometry import Box
 from medllava.regions import WAYS
 
 CONNECT_S = 5.0
@@ -59,6 +60,19 @@ class WorkerState:
 
 class WorkerLost(ServiceError):
     """The worker is not there, or not yet, or left in the middle of an answer: another one might answer."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What an answer depended on, as :class:`medllava.model.looking.Looking` has it. ``peak``: the hottest cell."""
+
+    answer: str
+    tokens: int
+    log_likelihood: float
+    blank: float
+    drops: list[list[float]]
+    peak: Box
+    attention: list[list[float]] | None
 
 
 class Worker:
@@ -141,6 +155,33 @@ class Worker:
             raise self._fault(error) from error
         except httpx.HTTPError as error:
             raise WorkerLost(f"{self.url}: the answer broke off; the worker may have stopped. Ask again.") from error
+
+    async def looking(
+        self, turns: Sequence[Turn], pictures: Mapping[int, str], answer: str, *, model: str | None = None,
+        picture: int = -1, cells: int = 7,
+    ) -> Looked:
+        """What ``answer`` to ``turns`` depends on, in the last of the pictures or in the one that is named; see
+        :meth:`ask`. Raises ServiceError; servers of others cannot tell."""
+        try:
+            model = model or await self._model()
+            body = {
+                "model": model, "messages": _messages(turns, pictures), "answer": answer, "picture": picture,
+                "cells": cells,
+            }
+            told: Any = await self._client.post("/medllava/looking", body=body, cast_to=object)
+            return Looked(
+                told["answer"], told["tokens"], told["log_likelihood"], told["blank"], told["drops"],
+                Box.model_validate(told["peak"]), told["attention"],
+            )
+        except openai.NotFoundError as error:
+            if isinstance(error.body, dict) and error.body.get("code") == "model_not_found":
+                raise self._fault(error) from error
+            why = f"{self.url}: this server cannot tell where its model looked; a medllava worker can"
+            raise ServiceError(why) from error
+        except openai.OpenAIError as error:
+            raise self._fault(error) from error
+        except (LookupError, TypeError, ValueError) as error:
+            raise ServiceError(f"{self.url}: the worker's reply is not understood; is it of this version?") from error
 
     async def _model(self) -> str:
         async for model in self._client.models.list():

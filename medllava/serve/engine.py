@@ -15,18 +15,44 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from medllava.serve.faults import Refused, is_out_of_memory, refusal
 
 if TYPE_CHECKING:
-    from medllava.model.answerer import Answerer
-    from medllava.model.decoding import Batch, Completion, Prepared, Reply, TokenLogprob
+    from medllava.model.decoding import Completion, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 10.0
 """How long a request whose pictures are being read holds up those that came later."""
+
+
+class Row(Protocol):
+    """One answer that is being made."""
+
+    @property
+    def finished(self) -> bool: ...
+    @property
+    def logprobs(self) -> Sequence[TokenLogprob]: ...
+    def ready(self) -> str: ...
+    def completion(self) -> Completion: ...
+
+
+class Rows(Protocol):
+    """Answers that are made together, see :class:`medllava.model.decoding.Batch`."""
+
+    @property
+    def rows(self) -> Sequence[Row]: ...
+    def join(self, questions: Sequence[Any]) -> Sequence[Row]: ...
+    def step(self) -> None: ...
+    def remove(self, rows: Sequence[Any]) -> None: ...
+
+
+class Model(Protocol):
+    """What makes answers: an Answerer, or a Looker, whose answers are not text."""
+
+    def batch(self) -> Rows: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +70,7 @@ class Ticket:
     """A request in line or in a batch. ``size``: answers that it asks for, each a row of the batch. ``streamed``:
     whether it is told of each token, or only of whole answers."""
 
-    answerer: Answerer
+    answerer: Model
     size: int
     streamed: bool
     arrived: float = field(default_factory=time.monotonic)
@@ -52,8 +78,8 @@ class Ticket:
     """When it left the line, in seconds of the monotonic clock."""
     joined: float | None = None
     """When its first tokens were there."""
-    questions: Sequence[Prepared] | None = None
-    rows: list[Reply] = field(default_factory=list)
+    questions: Sequence[Any] | None = None
+    rows: list[Row] = field(default_factory=list)
     shown: list[tuple[int, int]] = field(default_factory=list)
     """Per row: characters and log-probabilities that were sent."""
     cancelled: bool = False
@@ -90,7 +116,7 @@ class Engine:
         self._wake = threading.Condition()
         self._line: list[Ticket] = []
         self._active: list[Ticket] = []
-        self._batches: dict[Answerer, Batch] = {}
+        self._batches: dict[Model, Rows] = {}
         self._mean_s = 1.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self.steps = 0
@@ -129,7 +155,7 @@ class Engine:
             retry_after_s=wait_s,
         )
 
-    def enter(self, answerer: Answerer, size: int, *, streamed: bool) -> Ticket:
+    def enter(self, answerer: Model, size: int, *, streamed: bool) -> Ticket:
         """Take a place in line. Raises Refused if it is full or the request has more answers than fit at once."""
         if size > self._max_rows:
             raise Refused(400, "invalid_request", f"n: at most {self._max_rows} answers per request here", param="n")
@@ -139,7 +165,7 @@ class Engine:
             self._line.append(ticket)
         return ticket
 
-    def begin(self, ticket: Ticket, questions: Sequence[Prepared]) -> None:
+    def begin(self, ticket: Ticket, questions: Sequence[Any]) -> None:
         """Its questions are read: it may join a batch when its turn comes."""
         with self._wake:
             ticket.questions = questions
@@ -222,7 +248,7 @@ class Engine:
             ticket.shown = [(0, 0)] * ticket.size
             ticket.joined = time.monotonic()
 
-    def _step(self, answerer: Answerer) -> None:
+    def _step(self, answerer: Model) -> None:
         batch = self._batches[answerer]
         tickets = [ticket for ticket in self._active if ticket.answerer is answerer and not ticket.done()]
         if not tickets:

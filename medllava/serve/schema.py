@@ -8,7 +8,7 @@ no answer here: they are accepted and nothing is kept of them. A field that the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -16,6 +16,7 @@ from medllava.conversation import IMAGE_TAG, Role, Turn, as_text
 
 if TYPE_CHECKING:
     from medllava.model.decoding import TokenLogprob
+    from medllava.model.looking import Looking
     from medllava.model.manifest import Manifest
 
 MOST_ANSWERS = 16
@@ -88,11 +89,43 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
-class ChatRequest(_Strict):
-    """``POST /v1/chat/completions``."""
+class Conversation(_Strict):
+    """What a model is asked: its name, and the messages up to the question."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ends_in_a_question(self) -> Self:
+        if self.messages[-1].role != "user":
+            raise ValueError("messages: the last message must be the user's")
+        return self
+
+    def image_uris(self) -> list[str]:
+        return [uri for message in self.messages for uri in message.image_uris()]
+
+    def turns(self) -> list[Turn]:
+        return [message.turn() for message in self.messages]
+
+
+class LookingRequest(Conversation):
+    """``POST /v1/medllava/looking``: what an answer to the conversation depends on, in one of its pictures.
+
+    answer: of the model, as it gave it. picture: which one is covered, counted from 0, or from the last with negative
+    numbers. cells: of the grid, on each side. fill: what covers: the picture's mean colour, or the picture blurred.
+    attention: also tell the attention, which is weak evidence.
+    """
+
+    answer: str = Field(min_length=1)
+    picture: int = Field(default=-1, ge=-100, lt=100)
+    cells: int = Field(default=7, ge=2, le=16)
+    fill: Literal["mean", "blur"] = "mean"
+    attention: bool = True
+
+
+class ChatRequest(Conversation):
+    """``POST /v1/chat/completions``."""
+
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -149,8 +182,6 @@ class ChatRequest(_Strict):
             raise ValueError("stop: one to four texts, none of them empty")
         if self.stream_options and not self.stream:
             raise ValueError("stream_options: only with stream=true")
-        if self.messages[-1].role != "user":
-            raise ValueError("messages: the last message must be the user's")
         return self
 
     def stops(self) -> tuple[str, ...]:
@@ -165,12 +196,6 @@ class ChatRequest(_Strict):
 
     def max_new_tokens(self, default: int) -> int:
         return self.max_completion_tokens or self.max_tokens or default
-
-    def image_uris(self) -> list[str]:
-        return [uri for message in self.messages for uri in message.image_uris()]
-
-    def turns(self) -> list[Turn]:
-        return [message.turn() for message in self.messages]
 
 
 class Usage(_Strict):
@@ -222,6 +247,17 @@ def logprobs_of(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
             for token in tokens
         ],
         "refusal": None,
+    }
+
+
+def looked(model: str, looking: Looking) -> dict[str, Any]:
+    """What :class:`LookingRequest` gets. ``drops`` and ``attention`` are rows from the top of the picture, each from
+    left to right; numbers are in nats."""
+    return {
+        "object": "medllava.looking", "model": model, "answer": looking.answer, "tokens": looking.tokens,
+        "log_likelihood": looking.log_likelihood, "blank": looking.blank, "fill": looking.fill,
+        "drops": looking.drops, "peak": list(looking.peak().as_tuple()), "attention": looking.attention,
+        "note": "drops: where covering the picture makes this answer less likely; attention is weak evidence",
     }
 
 

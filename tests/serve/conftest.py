@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +27,10 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from medllava.conversation import Turn
-from medllava.errors import PromptTooLong
+from medllava.errors import DataError, PromptTooLong
 from medllava.geometry import format_box, parse_boxes
 from medllava.model.decoding import Completion, TokenLogprob
+from medllava.model.looking import Looking
 from medllava.model.tiny import tiny_checkpoint
 from medllava.phantom.tissue import Finding, render_tissue, sample_stain
 from medllava.serve.app import Limits, create_app
@@ -172,6 +174,10 @@ class ScriptedAnswerer:
         text = "".join(said)
         return Completion(text, "length" if len(said) < len(words) else "stop", prompt_tokens, len(said))
 
+    @cached_property
+    def looker(self) -> ScriptedLooker:
+        return ScriptedLooker()
+
     def answer(self, images: Sequence[Image.Image], turns: Sequence[Turn], **options: Any) -> Completion:
         stream = self.stream(images, turns, **options)
         while True:
@@ -179,6 +185,70 @@ class ScriptedAnswerer:
                 next(stream)
             except StopIteration as end:
                 return end.value
+
+
+@dataclass(eq=False)
+class ScriptedLooker:
+    """Says that each answer came from the upper right cell; takes ``steps`` steps."""
+
+    asked: list[tuple[list[Image.Image], list[Turn], str, dict[str, Any]]] = field(default_factory=list)
+    steps: int = 3
+
+    def prepare(
+        self, images: Sequence[Image.Image], turns: Sequence[Turn], answer: str, **options: Any
+    ) -> SimpleNamespace:
+        if not images:
+            raise DataError("no picture")
+        self.asked.append((list(images), list(turns), answer, options))
+        return SimpleNamespace(ids=[0] * 9, answer=answer, cells=options["cells"])
+
+    def batch(self) -> ScriptedLookingBatch:
+        return ScriptedLookingBatch(self)
+
+
+@dataclass(eq=False)
+class ScriptedLookingRow:
+    question: SimpleNamespace
+    left: int
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return self.left == 0
+
+    def ready(self) -> str:
+        return ""
+
+    def completion(self) -> Completion:
+        return Completion("", "stop", len(self.question.ids), 0)
+
+    def result(self) -> Looking:
+        cells = self.question.cells
+        drops = [[0.0] * cells for _ in range(cells)]
+        drops[0][-1] = 2.5
+        return Looking(self.question.answer, 3, -0.5, -4.0, tuple(tuple(row) for row in drops), None)
+
+
+class ScriptedLookingBatch:
+    def __init__(self, looker: ScriptedLooker) -> None:
+        self.looker = looker
+        self.rows: list[ScriptedLookingRow] = []
+
+    def join(self, questions: Sequence[SimpleNamespace]) -> list[ScriptedLookingRow]:
+        rows = [ScriptedLookingRow(question, self.looker.steps) for question in questions]
+        self.rows += rows
+        return rows
+
+    def step(self) -> None:
+        time.sleep(PAUSE_S)
+        if any("too much memory" in row.question.answer for row in self.rows):
+            raise OutOfMemoryError("CUDA out of memory")
+        for row in self.rows:
+            row.left -= 1
+        self.rows = [row for row in self.rows if not row.finished]
+
+    def remove(self, rows: Sequence[ScriptedLookingRow]) -> None:
+        self.rows = [row for row in self.rows if row not in rows]
 
 
 @dataclass

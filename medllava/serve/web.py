@@ -1,6 +1,7 @@
-"""The web chat: open a field of view, draw a box or click a point, ask, and see the answer's boxes on the image.
+"""The web chat: open a field of view or a whole slide, mark a region, ask, and see the answer's boxes on the image.
 
     python -m medllava.serve.web --model-path demo-out/stage2
+    python -m medllava.serve.web --model-path demo-out/stage2 --slides /data/slides
     python -m medllava.serve.web --worker http://127.0.0.1:8000 --worker http://127.0.0.1:8001
 
 With --model-path it starts a worker of its own and ends it again. The page talks to workers only over HTTP. Pictures
@@ -22,9 +23,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medllava.errors import ConfigError, DataError, MissingExtraError, ServiceError, run_cli
 from medllava.images import load_image
+
+if TYPE_CHECKING:
+    from medllava.serve.tiles import ShownSlide
 
 EXAMPLE_TYPES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
 QUESTIONS = (
@@ -113,6 +118,35 @@ def find_examples(folder: Path | None) -> list[Path]:
     return examples
 
 
+def open_slides(path: Path | None) -> list[ShownSlide]:
+    """The slides of a folder, by name, or one slide; in a folder, what cannot be opened is named and left out. Raises
+    DataError, MissingExtraError."""
+    if path is None:
+        return []
+    try:
+        from medllava.serve.tiles import ShownSlide
+    except ImportError as error:
+        raise MissingExtraError("fastapi", "serve", error) from error
+    from medllava.slides import Slide, find_slides
+
+    slides: list[ShownSlide] = []
+    for each in find_slides(path):
+        try:
+            slide = ShownSlide(Slide(each), len(slides))
+            _ = slide.thumbnail
+        except DataError as error:
+            if path.is_file():
+                raise
+            print(f"warning: slide left out: {error}", file=sys.stderr)
+        else:
+            slides.append(slide)
+            scale = f"{slide.slide.mpp:g} µm per pixel" if slide.slide.mpp else "no µm per pixel told"
+            print(f"slide {each.name}: {slide.size[0]} x {slide.size[1]}, {scale}", file=sys.stderr)
+    if not slides:
+        raise DataError(f"--slides {path}: none of the files there can be opened as a slide")
+    return slides
+
+
 def free_port(host: str, port: int) -> int:
     """``port`` if it can be listened on, any free one for 0. Raises ConfigError."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -145,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--port", type=int, default=7860, help="0 takes any free port (default 7860)")
     options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default 127.0.0.1)")
     options.add_argument("--examples", type=Path, metavar="DIR", help="folder of pictures to offer")
+    options.add_argument("--slides", type=Path, metavar="PATH", help="folder of whole slides, or one, to offer")
     options.add_argument("--questions", type=Path, metavar="FILE", help="sample questions to offer, one a line")
     options.add_argument("--root-path", default="", help="path that a proxy serves the page under, such as /chat")
     options.add_argument("--auth-file", type=Path, help="file with one user:password a line: the page asks for them")
@@ -158,6 +193,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     examples = find_examples(options.examples)
+    slides = open_slides(options.slides)
     logins = read_logins(options.auth_file)
     questions: Sequence[str] = QUESTIONS
     if options.questions:
@@ -195,8 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         urls = options.worker or []
         if own:
             urls = [own.url()]
-        page = build([Worker(url, keys[0] if keys else None) for url in urls], examples, questions)
-        launch(page, options.host, port, root_path=options.root_path, logins=logins)
+        page = build([Worker(url, keys[0] if keys else None) for url in urls], examples, questions, slides=slides)
+        launch(page, options.host, port, root_path=options.root_path, logins=logins, slides=slides)
         print(f"web chat on http://{options.host}:{port}{options.root_path} (Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             while True:

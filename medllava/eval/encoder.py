@@ -5,9 +5,11 @@ linear-probe  a logistic regression on the frozen encoder's pictures: accuracy, 
 retrieval     is the right text (picture) among the 1, 10, 50 nearest: recall, both ways
 
 Classes are folders of pictures, one for each class; pairs are what stage contrastive trains on: a LLaVA JSON file with
---images, a folder with metadata.jsonl, or WebDataset shards.
+--images, a folder with metadata.jsonl, or WebDataset shards. --benchmark NAME reads a published data set (or your own
+folders) as eval/benchmarks/encoder/NAME.yaml says and gives all three.
 
 Examples:
+  python -m medllava.eval encoder --model-path stage0 --benchmark nct_crc_he --images data/nct --out nct.json
   python -m medllava.eval encoder --model-path stage0 --task zero-shot --data tissue/test --out zero-shot.json
   python -m medllava.eval encoder --model-path stage0 --task linear-probe --train tissue/train --data tissue/test
   python -m medllava.eval encoder --model-path stage0 --task retrieval --data shards
@@ -20,7 +22,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +63,12 @@ class Figure:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-path", type=Path, required=True, help="folder of a CLIP or SigLIP model")
-    parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="folder of classes (a folder each), or pairs")
-    parser.add_argument("--images", type=Path, help="folder that image names in a LLaVA JSON file start from")
+    parser.add_argument("--benchmark", help="name in eval/benchmarks/encoder, or path of a YAML definition")
+    parser.add_argument("--task", choices=TASKS, help="default with --benchmark: all of them")
+    parser.add_argument("--data", type=Path, help="folder of classes (a folder each), or pairs")
+    parser.add_argument(
+        "--images", type=Path, help="folder of the benchmark, or that image names in a LLaVA JSON file start from"
+    )
     parser.add_argument("--train", type=Path, help="linear-probe: folder of classes to learn from")
     parser.add_argument("--prompts", type=Path, help="zero-shot: YAML with 'templates' and 'names' (folder: [names])")
     parser.add_argument("--kinds", default="caption", help="retrieval: kinds of LLaVA samples (default: %(default)s)")
@@ -84,6 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
     from medllava.model.image_text import data_sha256, read_classes, read_image_texts
     from medllava.model.manifest import current_versions, now
 
+    if arguments.benchmark:
+        return _run_benchmark(arguments)
+    if arguments.task is None or arguments.data is None:
+        raise ConfigError("give --benchmark NAME and --images FOLDER, or --task and --data")
     if arguments.task == "linear-probe" and arguments.train is None:
         raise ConfigError("--task linear-probe needs --train FOLDER of classes to learn from")
     retrieval = arguments.task == "retrieval"
@@ -113,6 +122,50 @@ def run(arguments: argparse.Namespace) -> int:
             "data": str(arguments.data), "data_sha256": data_sha256(arguments.data), "pictures": len(pairs),
             "groups": len(set(groups)), "seed": seed, "command": command("encoder"), "versions": current_versions(),
             "at": now(),
+        })
+    return 0
+
+
+def _run_benchmark(arguments: argparse.Namespace) -> int:
+    from medllava.eval.encoder_sets import load_set, names_of, read_set
+    from medllava.eval.provenance import command, folder_hash
+    from medllava.jsonl import write_json
+    from medllava.model.embeddings import load_encoder
+    from medllava.model.manifest import current_versions, now
+
+    if arguments.images is None or arguments.data or arguments.train or arguments.prompts:
+        raise ConfigError("--benchmark needs --images FOLDER, and none of --data, --train and --prompts")
+    definition = load_set(arguments.benchmark)
+    found = read_set(definition, arguments.images)
+    groups = _groups(found.test, arguments.group_pattern or definition.group_pattern)
+    names = names_of(definition, found.test)
+    templates = definition.templates or list(TEMPLATES)
+    told = f"{definition.name}: {len(found.train):,} pictures to learn from, {len(found.test):,} to test on"
+    print(f"{told}, {len(names)} classes, {len(set(groups)):,} groups; read from {found.layout}")
+    encoder = load_encoder(arguments.model_path, device=arguments.device)
+    common: dict[str, int] = {"batch_size": arguments.batch_size, "seed": arguments.seed}
+    tasks: dict[str, dict[str, Figure]] = {}
+    facts: dict[str, Any] = {}
+    for task in (arguments.task,) if arguments.task else TASKS:
+        if task == "zero-shot":
+            tasks[task] = zero_shot(encoder, found.test, groups, templates, names, **common)
+        elif task == "linear-probe":
+            tasks[task], facts["C"] = linear_probe(encoder, found.train, found.test, groups, **common)
+        else:
+            # The text of a picture is a sentence with its class's first name: any picture of the class is right.
+            said = [
+                replace(pair, texts=[templates[-1].format(names[pair.texts[0]][0])]) for pair in found.test
+            ]
+            tasks[task] = retrieve(encoder, said, groups, **common)
+        print(f"\n{task}\n{as_text(tasks[task])}")
+    if arguments.out:
+        write_json(arguments.out, {
+            "benchmark": definition.model_dump(mode="json"), "data": f"{told}; read from {found.layout}",
+            "tasks": {task: {name: asdict(each) for name, each in figures.items()} for task, figures in tasks.items()},
+            "templates": templates, "names": names, **facts, "images": str(arguments.images),
+            "model": str(arguments.model_path), "model_sha256": folder_hash(arguments.model_path),
+            "groups": len(set(groups)), "seed": arguments.seed, "command": command("encoder"),
+            "versions": current_versions(), "at": now(),
         })
     return 0
 

@@ -33,11 +33,21 @@ function written(node, text) {
   });
 }
 
+// Black or white, whichever is easier to read on a colour (WCAG's relative luminance).
+function ink(colour) {
+  const [r, g, b] = [1, 3, 5].map((at) => {
+    const v = parseInt(colour.slice(at, at + 2), 16) / 255;
+    return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  });
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000000" : "#ffffff";
+}
+
 function phrase(part, number) {
   const node = make("span", "phrase");
   written(node, part.text);
   node.dataset.number = part.index + 1;
   node.style.setProperty("--colour", part.colour);
+  node.style.setProperty("--ink", ink(part.colour));
   node.tabIndex = 0;
   node.setAttribute("role", "button");
   node.title = "Show this place on the image";
@@ -52,6 +62,18 @@ function phrase(part, number) {
     act();
   });
   return node;
+}
+
+function thumb(down) {
+  const space = "http://www.w3.org/2000/svg";
+  const icon = document.createElementNS(space, "svg");
+  icon.setAttribute("viewBox", "0 0 22 20");
+  icon.setAttribute("aria-hidden", "true");
+  if (down) icon.style.transform = "rotate(180deg)";
+  const line = document.createElementNS(space, "path");
+  line.setAttribute("d", "M2 9h3v9H2z M7 9l4-8c1.6 0 2.6 1.1 2.2 2.7L12.5 7H19c1.2 0 2 1.1 1.7 2.2l-1.7 7c-.3 1-1 1.8-2.1 1.8H7z");
+  icon.append(line);
+  return icon;
 }
 
 function flash(index) {
@@ -85,10 +107,12 @@ function article(one, number, last) {
     under.append(button("look", "Where did it look?", () => trigger("look", { number })));
   }
   if (props.feedback && one.answer) {
-    for (const [vote, sign, label] of [["up", "\u{1F44D}\uFE0E", "Good answer"], ["down", "\u{1F44E}\uFE0E", "Bad answer"]]) {
-      const thumb = button("vote", sign, () => trigger("vote", { number, vote }), one.vote === vote);
-      thumb.setAttribute("aria-label", label);
-      under.append(thumb);
+    for (const [vote, label] of [["up", "Good answer"], ["down", "Bad answer"]]) {
+      const rate = button("vote", "", () => trigger("vote", { number, vote }), one.vote === vote);
+      rate.setAttribute("aria-label", label);
+      rate.title = label;
+      rate.append(thumb(vote === "down"));
+      under.append(rate);
     }
   }
   if (one.model) under.append(make("span", "which", one.model));
@@ -146,7 +170,7 @@ function render() {
   const grown = exchanges.length > rows.length;
   find(".hello").hidden = exchanges.length > 0;
   find(".collecting").hidden = !props.feedback;
-  find(".copy-all").disabled = find(".new").disabled = exchanges.length === 0;
+  find(".copy-all").disabled = exchanges.length === 0;
   find(".new").disabled = exchanges.length === 0 && !props.pictures;
   find(".chat").dataset.busy = props.busy ? "yes" : "no";
   while (rows.length > exchanges.length) rows.pop().node.remove();

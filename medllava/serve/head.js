@@ -2,6 +2,7 @@
 // `watch`. Python sets:  choices  [[value, label], ...]    value  the chosen one    status, model, detail  how it is
 const find = (selector) => element.querySelector(selector);
 const select = find("select");
+let picked = null; // by the person: stays while it is there, also against an answer to an older question
 
 function show() {
   const choices = props.choices || [];
@@ -9,6 +10,10 @@ function show() {
   if (select.dataset.labels !== labels) {
     select.dataset.labels = labels;
     select.replaceChildren(...choices.map(([value, label]) => new Option(label, value)));
+  }
+  if (picked !== null && picked !== props.value) {
+    if (choices.some(([value]) => value === picked)) props.value = picked;
+    else picked = null;
   }
   select.value = props.value;
   find(".model").hidden = choices.length < 2;
@@ -21,8 +26,7 @@ function show() {
     : "Research only, not for diagnosis. Nothing you open or ask is stored.";
 }
 select.addEventListener("change", () => {
-  props.value = select.value;
-  trigger("chosen");
+  picked = props.value = select.value;
 });
 watch(["choices", "value", "status", "model", "detail"], show);
 show();

@@ -490,7 +490,7 @@ def launch(
     app, _, _ = page.launch(
         server_name=host, server_port=port, root_path=root_path or None, auth=logins, prevent_thread_lock=True,
         quiet=True, share=False, inbrowser=False, theme=theme,
-        css="\n".join((here / name).read_text(encoding="utf-8") for name in ("web.css", "viewer.css")),
+        css="\n".join((here / name).read_text(encoding="utf-8") for name in ("web.css", "viewer.css", "chat.css")),
         footer_links=[], run_history=False,
         enable_monitoring=False, max_file_size=1, ssr_mode=False, pwa=False, mcp_server=False, show_error=True,
     )

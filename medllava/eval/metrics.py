@@ -181,6 +181,12 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
     ]
 
 
+def _names(row: Row) -> tuple[str, ...]:
+    """The metrics of a question, and those that were added to its row."""
+    names = metrics_of(row.question)
+    return names if row.scores is None else (*names, *(name for name in row.scores if name not in names))
+
+
 def stratum(metric: str, question: Question) -> str:
     """The class that a balanced metric weighs alike, or nothing."""
     return reference(question) if metric in BALANCED else ""
@@ -219,7 +225,7 @@ def summarise(rows: Sequence[Row], provenance: dict[str, object], *, seed: int =
     """The report: every metric under every condition, visual gain, baselines, and notes in words."""
     table: dict[Condition, dict[str, list[Row]]] = {}
     for row in rows:
-        for name in metrics_of(row.question):
+        for name in _names(row):
             table.setdefault(row.condition, {}).setdefault(name, []).append(row)
     scores = {
         condition: {name: metric(name, by_name[name], seed=seed) for name in METRICS if name in by_name}
@@ -243,7 +249,7 @@ def summarise(rows: Sequence[Row], provenance: dict[str, object], *, seed: int =
             }
             for condition, by_name in table.items()
         },
-        answer_words=_answer_words(rows),
+        answer_words=_answer_words(rows), reference_words=_reference_words(rows),
         abstention={
             str(condition): metric_of([float(row.abstained) for row in asked], [row.question.group for row in asked])
             for condition in table
@@ -325,7 +331,7 @@ def _by_category(rows: Sequence[Row], seed: int) -> dict[str, dict[str, dict[str
     table: dict[str, dict[str, dict[str, list[Row]]]] = {}
     for row in rows:
         for category, value in row.question.categories.items():
-            for name in metrics_of(row.question):
+            for name in _names(row):
                 table.setdefault(category, {}).setdefault(value, {}).setdefault(name, []).append(row)
     return {
         category: {
@@ -344,6 +350,13 @@ def _answer_words(rows: Sequence[Row]) -> dict[str, float]:
         if row.condition == "real" and row.scores is not None:
             words.setdefault(row.question.kind, []).append(row.words)
     return {kind: round(float(np.mean(counts)), 2) for kind, counts in words.items()}
+
+
+def _reference_words(rows: Sequence[Row]) -> dict[str, float]:
+    """Mean words per reference of open questions."""
+    asked = [row.question for row in rows if row.condition == "real" and row.question.kind == "open"]
+    words = [len(question.answer.split()) for question in asked]
+    return {"open": round(float(np.mean(words)), 2)} if words else {}
 
 
 def _baselines(name: str, questions: Sequence[Question]) -> dict[str, float]:

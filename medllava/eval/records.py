@@ -131,6 +131,7 @@ class Report(_Record):
     ``visual_gain`` is real minus blank on the same questions. ``baselines`` are what a model that never looks gets:
     ``chance`` (a guess among the legal answers) and ``constant`` (always the most frequent reference). ``unclear``
     counts, per condition and metric, the answers that could not be read as any legal answer and so count as wrong.
+    ``answer_words`` and ``reference_words``: mean words per answer and reference, by kind of question.
     ``abstention`` is the share of answers, per condition, that say they cannot tell. ``rotation``, where options were
     rotated: ``mean`` accuracy over all orders, ``same_answer`` (the same option named in every order), ``all_right``;
     ``difference`` is the accuracy in the order as published minus that in the others; ``letters``, the share of each
@@ -145,6 +146,7 @@ class Report(_Record):
     baselines: dict[str, dict[str, float]] = {}
     unclear: dict[str, dict[str, int]] = {}
     answer_words: dict[str, float] = {}
+    reference_words: dict[str, float] = {}
     abstention: dict[str, Metric] = {}
     rotation: dict[str, Metric] = {}
     letters: dict[str, float] = {}

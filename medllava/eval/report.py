@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from medllava.errors import ConfigError, MissingExtraError
 from medllava.eval.records import Metric, Report
+from medllava.eval.score import configure_bertscore, words_told
 
 if TYPE_CHECKING:
     from medllava.eval.metrics import Row
@@ -46,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-card", type=Path, help="checkpoint folder whose README.md gets the scores, too")
     parser.add_argument("--title", help="heading of the report")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
+    configure_bertscore(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.benchmark:
         benchmark = load_benchmark(arguments.benchmark)
         questions, images = questions or benchmark.questions, images or benchmark.images
-    report, rows = score_files(answers, questions, seed=arguments.seed)
+    bert = (arguments.bertscore_model, arguments.bertscore_layer) if arguments.bertscore_model else None
+    report, rows = score_files(answers, questions, seed=arguments.seed, bert=bert)
     if arguments.judged:
         judged = Report.model_validate(read_json(arguments.judged))
         notes = (*report.notes, *(f"Judge: {note}" for note in judged.notes))
@@ -131,6 +134,8 @@ def as_markdown(report: Report, title: str) -> str:
             f"| {name} | {number(found.value)} | {interval(found)} | {number(constant)} | {found.n} | {unclear} |"
             f" {found.unscored} |"
         )
+    if report.answer_words:
+        lines += ["", words_told(report)]
     if conditions:
         lines += [
             "", "## With and without the picture", "",
@@ -240,7 +245,7 @@ def _as_html(
         rotation=ROTATION, chart=chart.replace("<svg ", '<svg class="chart" ', 1),
         categories={name: category_chart(values) for name, values in report.by_category.items()},
         calibration={name: calibration_chart(found) for name, found in report.calibration.items()},
-        model=report.provenance.get("model", "unknown model"), date=date,
+        model=report.provenance.get("model", "unknown model"), date=date, words=words_told(report),
         questions=len(real), groups=len({row.question.group for row in real}),
         answers=len(shown), side=SIDE, with_picture=len(pictures), of_pictures=len(names), limit_mb=gallery_mb,
         boxes=any("box" in item or "answered" in item for item in shown),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from medllava.errors import DataError
+from medllava.eval.score import configure_bertscore
 
 HELP = "compute the scores again from saved answers; no model needed"
 
@@ -24,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", type=Path, help="report.json to compare with; a difference is an error")
     parser.add_argument("--out", type=Path, help="report.json to write")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
+    configure_bertscore(parser)
 
 
 def _same(before: Any, now: Any) -> bool:
@@ -39,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     from medllava.eval.score import as_text, score_files
     from medllava.jsonl import read_json, write_json
 
-    report, _ = score_files(arguments.answers, arguments.questions, seed=arguments.seed)
+    bert = (arguments.bertscore_model, arguments.bertscore_layer) if arguments.bertscore_model else None
+    report, _ = score_files(arguments.answers, arguments.questions, seed=arguments.seed, bert=bert)
     rows = report.model_dump(mode="json")
     if arguments.out:
         write_json(arguments.out, rows)

@@ -40,10 +40,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=Path, required=True, help="answers.jsonl; for a judge's summary, the reviews")
     parser.add_argument("--out", type=Path, help="report.json to write; verdicts.jsonl goes beside it")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
+    configure_bertscore(parser)
     parser.add_argument("--legacy", choices=LEGACY, help="the numbers of an original script")
     parser.add_argument("--quilt", action="store_true", help="with --legacy quilt_eval: yes_no_answer is the truth")
     parser.add_argument("--anchor", type=Path, help="with --legacy: answers whose lengths cut these")
     parser.add_argument("--context", type=Path, help="with --legacy quilt_gpt_summarize: the captions file")
+
+
+def configure_bertscore(parser: argparse.ArgumentParser) -> None:
+    """The flags of the one metric that needs a model."""
+    parser.add_argument("--bertscore-model", type=Path, help="folder of a text encoder (BERT, RoBERTa): BERTScore, too")
+    parser.add_argument("--bertscore-layer", type=int, default=-1, help="its layer that is compared; default the last")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.quilt or arguments.anchor or arguments.context:
         raise ConfigError("--quilt, --anchor and --context belong to --legacy")
-    report, rows = score_files(arguments.answers, arguments.questions, seed=arguments.seed)
+    bert = (arguments.bertscore_model, arguments.bertscore_layer) if arguments.bertscore_model else None
+    report, rows = score_files(arguments.answers, arguments.questions, seed=arguments.seed, bert=bert)
     if not arguments.out:
         print(json.dumps(report.model_dump(mode="json"), indent=1, ensure_ascii=False))
         return 0
@@ -72,8 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def score_files(answers: Path, questions: Path | None = None, *, seed: int = 0) -> tuple[Report, list[Row]]:
-    """Score an answers file. Needs no model; the same files give the same report.
+def score_files(
+    answers: Path, questions: Path | None = None, *, seed: int = 0, bert: tuple[Path, int] | None = None
+) -> tuple[Report, list[Row]]:
+    """Score an answers file. Needs no model; the same files give the same report. ``bert``: the folder and the layer of
+    a text encoder, for BERTScore on open questions.
 
     Raises DataError if a file is missing or does not fit the other.
     """
@@ -92,13 +103,17 @@ def score_files(answers: Path, questions: Path | None = None, *, seed: int = 0) 
     failed = answers.parent / "failed.jsonl"
     failures = list(read_records(failed, Failure)) if failed.exists() else []
     rows = grade_all(asked, given, failures)
+    scoring: dict[str, Any] = {"resamples": RESAMPLES, "seed": seed, "unit": "group"}
+    if bert:
+        rows = _with_bertscore(rows, given, *bert)
+        scoring["bertscore"] = {"model_sha256": provenance.folder_hash(bert[0]), "layer": bert[1]}
     made = provenance.read_run(answers)
     origin: dict[str, Any] = {
         # The date stays in run.json: the same answers give the same report, byte for byte.
         **{key: value for key, value in made.items() if key != "date"},
         "questions_sha256": questions_hash(asked),
         "answers_sha256": _answers_hash(given),
-        "scoring": {"resamples": RESAMPLES, "seed": seed, "unit": "group"},
+        "scoring": scoring,
         "versions": made.get("versions") or current_versions(),
         "command": made.get("command") or provenance.command("score", without=("--out", "--answers")),
     }
@@ -111,6 +126,21 @@ def score_files(answers: Path, questions: Path | None = None, *, seed: int = 0) 
         note = "The answers were given to another version of the question file than the one they are scored with."
         report = report.model_copy(update={"notes": (*report.notes, note)})
     return report, rows
+
+
+def _with_bertscore(rows: list[Row], answers: list[Answer], folder: Path, layer: int) -> list[Row]:
+    from dataclasses import replace
+
+    from medllava.model.bert_score import BertScorer
+
+    texts = {(answer.question_id, answer.condition): answer.text for answer in answers}
+    places = [place for place, row in enumerate(rows) if row.question.kind == "open" and row.scores is not None]
+    said = [texts[rows[place].question.id, rows[place].condition] for place in places]
+    found = BertScorer(folder, layer).f1(said, [rows[place].question.answer for place in places])
+    done = list(rows)
+    for place, value in zip(places, found, strict=True):
+        done[place] = replace(rows[place], scores={**(rows[place].scores or {}), "open_bertscore": value})
+    return done
 
 
 def read_answers(path: Path, known: Container[str] | None = None) -> list[Answer]:
@@ -179,7 +209,15 @@ def as_text(report: Report) -> str:
             f"{name:<17}{_figure(found):>7}  {interval:<16}{found.n:>5}{found.unscored:>10}"
             f"{_figure(blank):>8}{_figure(gained, '+.3f'):>8}"
         )
-    return "\n".join([*lines, *(f"- {note}" for note in report.notes)])
+    words = [words_told(report)] if report.answer_words else []
+    return "\n".join([*lines, *words, *(f"- {note}" for note in report.notes)])
+
+
+def words_told(report: Report) -> str:
+    """How long the answers are, which recall and judges reward."""
+    references = {kind: f" (references {count:g})" for kind, count in report.reference_words.items()}
+    told = [f"{kind} {count:g}{references.get(kind, '')}" for kind, count in report.answer_words.items()]
+    return f"Mean words per answer: {', '.join(told)}."
 
 
 def _figure(found: Metric | None, form: str = ".3f") -> str:

@@ -2,7 +2,8 @@
 
 A file: ``.json`` (a list, or lists by split, or by subset and split), ``.jsonl``, ``.csv``, ``.tsv``, ``.pkl``,
 ``.parquet``, ``.arrow``. A folder: what ``datasets.save_to_disk`` writes (arrow), parquet shards named by split, or an
-image folder (``metadata.csv``, ``.jsonl`` or ``.parquet`` beside the pictures). Nothing is fetched from a network.
+image folder (``metadata.csv``, ``.jsonl`` or ``.parquet`` beside the pictures). A data set of the Hugging Face hub by
+its id (``owner/name``): from the local cache, or downloaded; nothing else is fetched from a network.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medllava.errors import DataError, MissingExtraError
+from medllava.errors import DataError, MissingExtraError, first_line
 from medllava.jsonl import read_json, read_rows
 
 Row = dict[str, Any]
@@ -41,6 +42,7 @@ def read_table(path: Path, split: str | None = None) -> Table:
 
     Raises DataError naming file and row where they cannot be read, or the splits there are.
     """
+    path = _local(path)
     if path.is_dir():
         return _folder(path, split)
     if not path.exists():
@@ -52,6 +54,28 @@ def read_table(path: Path, split: str | None = None) -> Table:
         raise DataError(f"{path}: unknown kind of file; expected {KINDS}")
     rows = [(f"{path}: row {number}", row) for number, row in enumerate(_READERS[suffix](path))]
     return Table(suffix.removeprefix("."), rows, path.parent)
+
+
+def _local(path: Path) -> Path:
+    """The cached folder of a hub id; anything else as it is. Only tables are downloaded: their rows hold the pictures,
+    or the pictures are had by ``eval fetch``."""
+    if path.exists() or path.suffix in _FILES or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": ["*.parquet", "*.jsonl", "*.json", "*.csv"]}
+    try:
+        return Path(snapshot_download(str(path), local_files_only=True, **wanted))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(str(path), **wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: no such file or folder, and no such data set to be had from the hub ({type(error).__name__}:"
+            f" {first_line(error, 150)})"
+        ) from error
 
 
 def _starts_with(path: Path, signs: tuple[str, ...]) -> bool:
@@ -215,6 +239,7 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
+_FILES = (".json", ".jsonl", ".csv", ".tsv", ".pkl", ".parquet", ".arrow")
 _READERS: dict[str, Any] = {
     ".csv": _csv, ".tsv": lambda path: _csv(path, "\t"), ".pkl": _pickle, ".parquet": _parquet, ".arrow": _arrow,
 }

@@ -31,6 +31,7 @@ METRICS: dict[str, str] = {
     "open_exact": "share of open answers with the reference's tokens, in its order, and no others",
     "open_bleu": "mean sentence BLEU of up to 4 words in a row, smoothed",
     "open_rouge_l": "mean ROUGE-L (F1 of the longest common subsequence of tokens)",
+    "open_bertscore": "mean BERTScore F1, not rescaled: near 1 for any two English texts, so only differences tell",
 }
 """Metric name -> what it is, in the order reports print it."""
 

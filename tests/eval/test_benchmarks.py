@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from medllava.errors import ConfigError, DataError
 from medllava.eval import __main__ as commands
@@ -262,3 +263,35 @@ def test_group_pattern_finds_the_case() -> None:
     row = {"question": "?", "answer": "yes", "image": "case7_field2.png"}
     (question,) = to_questions(row, "here", 0, Reading(group_pattern=r"^(case\d+)_")) or []
     assert question.group == "case7"
+
+
+def test_a_data_set_of_the_hub_by_its_id(
+    samples: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the local cache, as a download leaves it; what is not there is told in one line without a network."""
+    datasets = pytest.importorskip("datasets")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    source, images = samples["quilt_vqa"]
+    expected = read_question_set(source, load_benchmark("quilt_vqa")).questions
+    rows = [
+        {"image": Image.open(images / row["image"]), **{key: value for key, value in row.items() if key != "image"}}
+        for row in json.loads(source.read_text())
+    ]
+    home = tmp_path / "datasets--somebody--Quilt_VQA"
+    snapshot = home / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+    (snapshot / "data").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(str(snapshot / "data" / "train-00000-of-00001.parquet"))
+    found = read_question_set(
+        Path("somebody/Quilt_VQA"), load_benchmark("quilt_vqa"), pictures=tmp_path / "pictures"
+    )
+    assert [question.answer for question in found.questions] == [question.answer for question in expected]
+    assert len(list((tmp_path / "pictures").iterdir())) == 4
+    with pytest.raises(DataError, match="nobody/nothing: no such file or folder, and no such data set") as caught:
+        read_question_set(Path("nobody/nothing"))
+    assert "\n" not in str(caught.value)

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import yaml
 
+from medllava.errors import ConfigError
 from medllava.eval import __main__ as commands
 from medllava.eval.harness import lmms_prompt, lmms_score, lmms_target
 
@@ -80,6 +81,58 @@ def test_vlmevalkit_tables(tmp_path: Path) -> None:
         else:
             assert len(rows) == 8 and rows[1]["question"].endswith("\nAnswer with yes or no.")
         assert all(row["image"] for row in rows)
+
+
+def test_vlmevalkit_reads_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an installed VLMEvalKit: its own data set class opens the tables and builds the prompts."""
+    dataset = pytest.importorskip("vlmeval.dataset", reason="VLMEvalKit is not installed (it is on no package index)")
+    source, images = samples().make(tmp_path / "data")["pmc_vqa"]
+    line = ["harness", "--to", "vlmevalkit", "--benchmark", "pmc_vqa", "--questions", str(source)]
+    assert commands.main([*line, "--images", str(images), "--out", str(tmp_path / "LMUData")]) == 0
+    monkeypatch.setenv("LMUData", str(tmp_path / "LMUData"))
+    loaded = dataset.build_dataset("medllava_pmc_vqa_mcq")
+    assert len(loaded.data) == 4
+    prompt = loaded.build_prompt(loaded.data.iloc[0])
+    assert any(part["type"] == "image" for part in prompt) and any("gland" in str(part) for part in prompt)
+
+
+CARD = """---
+library_name: peft
+tags:
+- medllava
+---
+# medllava checkpoint (lora)
+
+Text that stays.
+"""
+
+
+def test_scores_go_into_a_checkpoints_model_card(tmp_path: Path) -> None:
+    """Each benchmark once, the rest of the card as it was; the hub's own parser reads it."""
+    from huggingface_hub import ModelCard
+
+    from medllava.eval.records import Report
+    from medllava.eval.report import write_model_card
+
+    folder = tmp_path / "stage2"
+    folder.mkdir()
+    (folder / "README.md").write_text(CARD)
+    for name, value in (("path_vqa", 0.5), ("quilt_vqa", 0.25), ("path_vqa", 0.75)):
+        metric = {"closed_accuracy": {"value": value, "low": None, "high": None, "n": 9}}
+        write_model_card(folder, Report.model_validate(
+            {"metrics": metric, "provenance": {"model": "x", "benchmark": {"name": name}}}
+        ))
+    card = ModelCard.load(folder / "README.md")
+    card.data.to_dict()
+    found = {result.dataset_type: result.metric_value for result in card.data.eval_results}
+    assert found == {"path_vqa": 0.75, "quilt_vqa": 0.25}
+    assert card.data.library_name == "peft" and card.data.model_name == "stage2"
+    assert card.text.strip() == CARD.partition("---\n# ")[2].join(["# ", ""]).strip()
+    with pytest.raises(ConfigError, match="no such checkpoint folder"):
+        write_model_card(tmp_path / "gone", Report(metrics={}))
+    (folder / "README.md").write_text("---\nmodel-index: 3\n---\n# x\n")
+    with pytest.raises(ConfigError, match="its head is not what the hub reads"):
+        write_model_card(folder, Report(metrics={}))
 
 
 def test_model_index(tmp_path: Path) -> None:

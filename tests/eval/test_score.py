@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from medllava.errors import ConfigError, DataError
+from medllava.errors import CheckpointError, ConfigError, DataError
 from medllava.eval import __main__ as commands
 from medllava.eval.answer import answer_all
 from medllava.eval.benchmarks import Benchmark, read_questions
@@ -156,3 +156,39 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         read_questions(gt)
     with pytest.raises(ConfigError, match="--legacy"):
         commands.main(["score", "--answers", str(answers), "--quilt"])
+
+
+def test_bertscore_with_a_text_encoder_of_ones_own(tmp_path: Path) -> None:
+    """The same words are 1, others less, no words 0; the answers' and references' lengths stand beside it."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    encoder = tmp_path / "bert"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "gland", "in", "stroma", "bone"]
+    encoder.mkdir()
+    (encoder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab_file=str(encoder / "vocab.txt")).save_pretrained(encoder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )).save_pretrained(encoder)
+    answers = {"same": "a gland in stroma", "other": "bone bone", "none": ""}
+    write_records(tmp_path / "questions.jsonl", [
+        {"id": name, "image": None, "question": "What?", "kind": "open", "answer": "a gland in stroma", "group": name}
+        for name in answers
+    ])
+    write_records(tmp_path / "answers.jsonl", [
+        {"question_id": name, "text": text, "model": "m"} for name, text in answers.items()
+    ])
+    line = ["score", "--answers", str(tmp_path / "answers.jsonl"), "--bertscore-model", str(encoder), "--out"]
+    assert commands.main([*line, str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    (one, two, three) = [
+        report["metrics"]["open_bertscore"]["value"], report["answer_words"]["open"], report["reference_words"]["open"]
+    ]
+    assert 1 / 3 < one < 2 / 3 and two == 2 and three == 4
+    assert report["provenance"]["scoring"]["bertscore"]["layer"] == -1
+    again = ["rescore", str(tmp_path / "answers.jsonl"), "--against", str(tmp_path / "report.json")]
+    assert commands.main([*again, "--bertscore-model", str(encoder)]) == 0
+    with pytest.raises(CheckpointError, match="no config.json; expected a Hugging Face folder of a text encoder"):
+        commands.main([*line[:-2], str(tmp_path), "--out", str(tmp_path / "other.json")])

@@ -485,7 +485,8 @@ function show() {
   find(".size").textContent = props.src ? `${props.size[0]} × ${props.size[1]} px` : "";
   find(".cursor").textContent = "";
   find(".field").hidden = !props.tiles;
-  element.querySelectorAll(".needs-picture").forEach((one) => { one.style.visibility = props.src ? "" : "hidden"; });
+  find(".frame").hidden = Boolean(props.tiles);
+  find(".viewer").classList.toggle("none", !props.src);
   delete marks.dataset.ready;
   content = null;
   region = drag = placing = null;

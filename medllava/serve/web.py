@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from medllava.errors import ConfigError, DataError, MissingExtraError, ServiceError, run_cli
 from medllava.images import load_image
+from medllava.jsonl import Appender
 
 if TYPE_CHECKING:
     from medllava.serve.tiles import ShownSlide
@@ -147,6 +148,17 @@ def open_slides(path: Path | None) -> list[ShownSlide]:
     return slides
 
 
+def check_feedback(path: Path | None) -> None:
+    """Raises ConfigError if votes cannot be appended to that file."""
+    if path is None:
+        return
+    try:
+        with Appender(path):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--collect-feedback {path}: cannot be written ({error.strerror})") from error
+
+
 def free_port(host: str, port: int) -> int:
     """``port`` if it can be listened on, any free one for 0. Raises ConfigError."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -181,6 +193,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--examples", type=Path, metavar="DIR", help="folder of pictures to offer")
     options.add_argument("--slides", type=Path, metavar="PATH", help="folder of whole slides, or one, to offer")
     options.add_argument("--questions", type=Path, metavar="FILE", help="sample questions to offer, one a line")
+    options.add_argument(
+        "--collect-feedback", type=Path, metavar="FILE",
+        help="offer thumbs up and down; append each vote with question, answer, region and model to FILE, no picture",
+    )
     options.add_argument("--root-path", default="", help="path that a proxy serves the page under, such as /chat")
     options.add_argument("--auth-file", type=Path, help="file with one user:password a line: the page asks for them")
     options.add_argument("--api-key-file", type=Path, help="file whose first line is the workers' API key")
@@ -195,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     examples = find_examples(options.examples)
     slides = open_slides(options.slides)
     logins = read_logins(options.auth_file)
+    check_feedback(options.collect_feedback)
     questions: Sequence[str] = QUESTIONS
     if options.questions:
         try:
@@ -231,7 +248,10 @@ def main(argv: list[str] | None = None) -> int:
         urls = options.worker or []
         if own:
             urls = [own.url()]
-        page = build([Worker(url, keys[0] if keys else None) for url in urls], examples, questions, slides=slides)
+        page = build(
+            [Worker(url, keys[0] if keys else None) for url in urls], examples, questions, slides=slides,
+            feedback=options.collect_feedback,
+        )
         launch(page, options.host, port, root_path=options.root_path, logins=logins, slides=slides)
         print(f"web chat on http://{options.host}:{port}{options.root_path} (Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

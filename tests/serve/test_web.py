@@ -115,6 +115,7 @@ def test_passwords(start: Start, worker: Any, tmp_path: Path) -> None:
         (["--questions", "/nowhere"], "--questions /nowhere: cannot be read"),
         (["--api-key-file", "/dev/null"], "holds no key"),
         (["--port", "99999"], "cannot listen on"),
+        (["--collect-feedback", "/dev/null/votes.jsonl"], "--collect-feedback /dev/null/votes.jsonl: cannot be"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(arguments: list[str], why: str) -> None:

@@ -437,7 +437,7 @@ def build(
                 with gr.Row(elem_id="composer"):
                     text = gr.Textbox(
                         label="Question", container=False, placeholder="Ask about the image or region", lines=1,
-                        max_lines=6, scale=6, elem_id="question", autofocus=True,
+                        max_lines=6, scale=6, elem_id="question",
                     )
                     ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
                     stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")

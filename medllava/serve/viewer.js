@@ -465,7 +465,6 @@ function start() {
     content = deep.world.getItemAt(0).getContentSize();
     fitted = true;
     deep.viewport.goHome(true);
-    deep.navigator.element.style.display = props.tiles ? "" : "none";
     marks.dataset.ready = "yes";
     moved();
   });
@@ -493,6 +492,7 @@ function show() {
   describe();
   draw();
   if (!deep) return;
+  deep.navigator.element.style.display = props.tiles ? "" : "none";
   deep.close();
   if (!props.src) return;
   if (!props.tiles) {

@@ -85,12 +85,18 @@ class Answerer:
         dtype: str | None = None,
         load_4bit: bool = False,
         load_8bit: bool = False,
+        base: str | Path | None = None,
     ) -> Answerer:
-        """Open a checkpoint folder; see :func:`medllava.model.checkpoint.load` for the arguments and errors."""
+        """Open a checkpoint folder or a hub id; see :func:`medllava.model.checkpoint.load` for the arguments and
+        errors."""
         from medllava.model import checkpoint
+        from medllava.model.hub import display_name, local_folder
 
-        loaded = checkpoint.load(path, device=device, dtype=dtype, load_4bit=load_4bit, load_8bit=load_8bit)
-        return cls(loaded, Path(path).resolve().name)
+        folder = local_folder(path)
+        loaded = checkpoint.load(
+            folder, device=device, dtype=dtype, load_4bit=load_4bit, load_8bit=load_8bit, base=base
+        )
+        return cls(loaded, display_name(folder))
 
     @classmethod
     def load_adapters(
@@ -101,10 +107,11 @@ class Answerer:
         each. They share the language model, so only one of them may be at work at a time. Raises CheckpointError."""
         from medllava.model import checkpoint
         from medllava.model.adapters import Adapters
+        from medllava.model.hub import display_name
 
         base = checkpoint.load(path, device=device, load_4bit=load_4bit, load_8bit=load_8bit)
         switchable = Adapters(base, path)
-        answerers = [cls(base, path.resolve().name, partial(switchable.switch, None))]
+        answerers = [cls(base, display_name(path), partial(switchable.switch, None))]
         for name, folder in adapters.items():
             answerers.append(cls(switchable.add(name, folder), name, partial(switchable.switch, name)))
         return answerers

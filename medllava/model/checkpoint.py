@@ -78,6 +78,7 @@ def describe(path: Path) -> Manifest:
         raise CheckpointError(f"{path}: no such checkpoint folder" if not path.exists() else f"{path}: is not a folder")
     manifest = manifests.read_manifest(path)
     if manifest is None:
+        _refuse_original(path)
         _check_hugging_face(path)
         processor = _load_processor(path)
         return Manifest(
@@ -105,15 +106,33 @@ def describe(path: Path) -> Manifest:
     return manifest
 
 
-def verify(path: Path) -> tuple[Manifest, Any, str | Path]:
+def _refuse_original(path: Path) -> None:
+    """Folders of LLaVA's own format are converted once, not opened. Raises CheckpointError with the command."""
+    config = path / "config.json"
+    adapter = (path / "non_lora_trainables.bin").is_file()
+    projector = (path / "mm_projector.bin").is_file()
+    named = config.is_file() and "mm_vision_tower" in read_json(config)
+    if not (adapter or projector or named):
+        return
+    whole = any(path.glob("pytorch_model*")) or any(path.glob("model*.safetensors"))
+    needed = " --base LANGUAGE_MODEL" if adapter or not whole else ""
+    raise CheckpointError(
+        f"{path}: a folder in LLaVA's own format; convert it once, then name the new folder: python -m medllava.model"
+        f" convert {path} {path.name}-hf{needed}"
+    )
+
+
+def verify(path: Path, base: str | Path | None = None) -> tuple[Manifest, Any, str | Path]:
     """Everything that can be told before weights are read: files there and whole, shapes that fit the base, a tokenizer
     and processor that open, generation settings that can be saved again.
 
+    base: in place of the one that a projector or LoRA folder names.
     Returns (manifest, processor, the full model's folder or hub id). Raises CheckpointError.
     """
     manifest = describe(path)
     processor = _load_processor(path)
-    base = path if manifest.kind == "full" else resolve_base(path, manifest)
+    own = path if manifest.kind == "full" else None
+    base = own or (resolve_base(path, manifest) if base is None else local_folder(base))
     if isinstance(base, Path):
         if base != path:
             _check_hugging_face(base)
@@ -131,6 +150,7 @@ def load(
     load_4bit: bool = False,
     load_8bit: bool = False,
     merge: bool = True,
+    base: str | Path | None = None,
 ) -> Loaded:
     """Open a checkpoint folder (or hub id) for use, in evaluation mode.
 
@@ -138,14 +158,16 @@ def load(
     dtype: "float32", "bfloat16" or "float16"; by default bfloat16 on CUDA (float16 on cards without it), else float32.
     load_4bit, load_8bit: quantize the language model (only it) through bitsandbytes.
     merge: fold LoRA adapters into the weights, which makes the model a stock one; never done on quantized weights.
+    base: folder or hub id of the full model under a projector or LoRA folder, if not the one that it names.
     Raises CheckpointError (incomplete, damaged or misfitting folder) or MissingExtraError (bitsandbytes).
     """
     folder = local_folder(path)
     place = device or best_device()
     kind = _dtype(dtype, place)
-    manifest, processor, base = verify(folder)
+    told = base is not None
+    manifest, processor, base = verify(folder, base)
     quantization = _quantization(kind, load_4bit=load_4bit, load_8bit=load_8bit)
-    model = _load_full(base, manifest.revision, place, kind, quantization)
+    model = _load_full(base, None if told else manifest.revision, place, kind, quantization)
     if manifest.kind == "full":
         return Loaded(model.eval(), processor, manifest, None)
     assign(model.model.multi_modal_projector, read_tensors(folder / PROJECTOR_FILE), folder / PROJECTOR_FILE)

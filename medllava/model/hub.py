@@ -38,6 +38,12 @@ def local_folder(name: str | Path) -> Path:
         ) from error
 
 
+def display_name(name: str | Path) -> str:
+    """What a checkpoint is called: its folder's name, or the second part of its hub id."""
+    found = hub_id(Path(name))
+    return found[0].rpartition("/")[2] if found else Path(name).resolve().name
+
+
 def hub_id(folder: Path) -> tuple[str, str] | None:
     """(id, revision) of a folder in Hugging Face's cache; None for any other."""
     parts = folder.absolute().parts[-3:]

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,51 +26,76 @@ from pydantic import ValidationError
 from medllava.conversation import IMAGE_TAG, Turn, as_text
 from medllava.errors import ConfigError, MedllavaError, run_cli
 from medllava.geometry import Box, Point, parse_boxes
-from medllava.images import draw_boxes, load_image
+from medllava.images import draw_boxes, draw_heat, load_image
 from medllava.jsonl import atomic_write, describe, write_json
-from medllava.regions import around, with_region
+from medllava.regions import Region, asked, bounds, parse_ways
 from medllava.serve.faults import refusal
 
 if TYPE_CHECKING:
     from medllava.model.answerer import Answerer
     from medllava.model.decoding import Completion
+    from medllava.model.looking import Looking
 
 HELP = """\
-/image PATH            look at another image (starts a new conversation)
+/image PATH            look at a further image; the next questions are about it
 /box x1 y1 x2 y2       ask the next questions about this box (0..1 of the image, origin top left); /box alone forgets it
-/point x y             the same with a small box around a point
+/point x y             the same with a point
+/look [FILE.png]       what the last answer depends on: covers the image part by part; FILE.png gets the heat map
 /reset                 start a new conversation about the same image
-/save FILE             write the conversation as JSON; FILE.png and other pictures get the boxes of the last answer
+/save FILE             write the conversation as JSON, or FILE.md to read; FILE.png gets the boxes of the last answer
 /help                  this list
 /quit                  end (also Ctrl-D)"""
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"}
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """One question and its answer. ``pictures``: those that came with it, as the model was shown them. ``about``: which
+    of the chat's images it is about, None for none."""
+
+    typed: str
+    region: Region | None
+    about: int | None
+    pictures: list[Image.Image]
+    turn: Turn
+    answer: str
+
+
 @dataclass
 class Chat:
-    """A conversation about at most one image, and the region that the next questions are about."""
+    """A conversation about images, and the region of the last one that the next questions are about.
+
+    ``ways``: how the model takes regions, see :mod:`medllava.regions`.
+    """
 
     answerer: Answerer
     options: dict[str, Any]
-    image: Image.Image | None = None
-    box: Box | None = None
-    turns: list[Turn] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+    region: Region | None = None
+    ways: Sequence[str] = ("text",)
+    exchanges: list[Exchange] = field(default_factory=list)
+    sent: int = 0
+    """So many of the images are in the conversation."""
 
-    def look_at(self, path: str | Path) -> None:
+    @property
+    def image(self) -> Image.Image | None:
+        return self.images[-1] if self.images else None
+
+    def look_at(self, path: str | Path) -> Image.Image:
         """Raises DataError if the file is no picture; the chat then stays as it is."""
-        self.image = load_image(Path(path))
-        self.box = None
-        self.turns = []
+        image = load_image(Path(path))
+        self.images.append(image)
+        self.region = None
+        return image
 
     def ask(self, text: str, *, show: bool) -> Completion:
         """Answer ``text``, printing the pieces as they come if ``show``. A question that fails leaves no trace.
 
         Raises MedllavaError."""
-        text = as_text(with_region(text, self.box))
-        first = not self.turns and self.image is not None
-        turns = [*self.turns, Turn(role="user", text=f"{IMAGE_TAG}\n{text}" if first else text)]
-        stream = self.answerer.stream([self.image] if self.image else [], turns, **self.options)
+        exchange = self._question(text)
+        exchanges = [*self.exchanges, exchange]
+        stream = self.answerer.stream(pictures_of(exchanges), turns_of(exchanges), **self.options)
         try:
             while True:
                 piece = next(stream)
@@ -79,25 +106,123 @@ class Chat:
         except MedllavaError:
             raise
         except (RuntimeError, MemoryError) as error:
-            fault = refusal(error)
-            if fault.code == "internal_error":
-                raise
-            raise ConfigError(fault.message) from error
+            raise told(error) from error
         finally:
             stream.close()
             if show:
                 print(flush=True)
-        self.turns = [*turns, Turn(role="assistant", text=answer.text)]
+        self.exchanges.append(
+            Exchange(text, exchange.region, exchange.about, exchange.pictures, exchange.turn, answer.text)
+        )
+        self.sent = len(self.images)
         return answer
 
+    def _question(self, text: str) -> Exchange:
+        """The question with the pictures that it brings along: new ones, and the last one again where it now has a
+        mark, or no mark any more."""
+        shown, words = asked(self.image, text, self.region, self.ways)
+        pictures = self.images[self.sent : -1]
+        before = pictures_of(self.exchanges)
+        if shown is not None and not (before and before[-1] is shown and self.sent == len(self.images)):
+            pictures = [*pictures, shown]
+        turn = Turn(role="user", text=f"{IMAGE_TAG}\n" * len(pictures) + as_text(words))
+        region = self.region if self.image else None
+        return Exchange(text, region, len(self.images) - 1 if self.images else None, pictures, turn, "")
+
+    def where(self) -> Looking:
+        """What the last answer depends on. Raises ConfigError if there is none, or no image."""
+        answer = self.exchanges[-1].answer if self.exchanges else ""
+        if not answer or not pictures_of(self.exchanges):
+            raise ConfigError("no answer about an image to look into; ask a question about one first")
+        looker, turns = self.answerer.looker, turns_of(self.exchanges)
+        try:
+            return looker.look(looker.prepare(pictures_of(self.exchanges), turns[:-1], as_text(answer)))
+        except (RuntimeError, MemoryError) as error:
+            raise told(error) from error
+
+    def reset(self) -> None:
+        self.images, self.exchanges, self.sent, self.region = self.images[-1:], [], 0, None
+
     def save(self, path: Path) -> None:
-        """Write the conversation as JSON, or the last answer's boxes on the image. Raises ConfigError."""
+        """Write the conversation as JSON or Markdown, or the last answer's boxes on the image. Raises ConfigError."""
         if path.suffix.lower() in PICTURES:
-            save_boxes(self.image, self.turns[-1].text if self.turns else "", path)
-            return
-        turns = [turn.model_dump() | {"boxes": boxes_of(turn.text)} for turn in self.turns]
-        size = list(self.image.size) if self.image else None
-        write_json(path, {"model": self.answerer.model_id, "image_size": size, "turns": turns})
+            save_boxes(self.image, self.exchanges[-1].answer if self.exchanges else "", path)
+        elif path.suffix.lower() in {".md", ".markdown"}:
+            with atomic_write(path) as file:
+                file.write(self._markdown())
+        else:
+            write_json(path, self._json())
+
+    def _json(self) -> dict[str, Any]:
+        turns: list[dict[str, Any]] = []
+        for one in self.exchanges:
+            turns.append(one.turn.model_dump() | {
+                "boxes": boxes_of(one.turn.text), "typed": one.typed, "image": one.about,
+                "region": region_json(one.region),
+            })
+            turns.append({"role": "assistant", "text": one.answer, "boxes": boxes_of(one.answer)})
+        return {
+            "model": self.answerer.model_id, "image_size": list(self.image.size) if self.image else None,
+            "image_sizes": [list(image.size) for image in self.images], "turns": turns,
+        }
+
+    def _markdown(self) -> str:
+        from medllava.serve import export, session
+
+        whole = session.Session(pictures=[session.Picture(image, "") for image in self.images])
+        for one in self.exchanges:
+            region = None
+            if one.region is not None:
+                point = one.region if isinstance(one.region, Point) else None
+                region = session.Region(bounds(one.region), point)
+            whole.exchanges.append(session.Exchange(
+                one.about, one.typed, region, session.Sight("") if one.about is not None else None,
+                asked=one.turn.text.replace(IMAGE_TAG, "").strip(), answer=one.answer, state="done",
+                model=self.answerer.model_id,
+            ))
+        return export.as_markdown(whole)
+
+
+def pictures_of(exchanges: Sequence[Exchange]) -> list[Image.Image]:
+    return [picture for one in exchanges for picture in one.pictures]
+
+
+def turns_of(exchanges: Sequence[Exchange]) -> list[Turn]:
+    """The conversation; a question without an answer yet comes last."""
+    turns: list[Turn] = []
+    for one in exchanges:
+        turns.append(one.turn)
+        if one is not exchanges[-1] or one.answer:
+            turns.append(Turn(role="assistant", text=one.answer))
+    return turns
+
+
+def told(error: RuntimeError | MemoryError) -> Exception:
+    """What to say of a fault of the model; a defect stays what it is."""
+    fault = refusal(error)
+    return error if fault.code == "internal_error" else ConfigError(fault.message)
+
+
+def region_json(region: Region | None) -> dict[str, list[float]] | None:
+    if region is None:
+        return None
+    return {"point": [region.x, region.y]} if isinstance(region, Point) else {"box": list(bounds(region).as_tuple())}
+
+
+def looking_told(looked: Looking) -> str:
+    """The result in a line."""
+    total = looked.log_likelihood - looked.blank
+    most = max(value for row in looked.drops for value in row)
+    where = ", ".join(f"{value:.2f}" for value in looked.peak().as_tuple())
+    if most <= 0:
+        return f"no part of the image makes this answer likelier (the whole image: {total:+.2f} nats)"
+    return f"depends most on [{where}]: covered, {most:.2f} nats less likely (the whole image: {total:+.2f} nats)"
+
+
+def save_heat(image: Image.Image | None, looked: Looking, title: str, path: Path) -> None:
+    """Write the heat map over the image. Raises ConfigError if the file name is of no picture format."""
+    assert image is not None, "an answer that was looked into has an image"
+    save_picture(draw_heat(image, looked.drops, title=f"{title} {looked.answer}"[:120]), path)
 
 
 def boxes_of(text: str) -> list[list[float]]:
@@ -109,12 +234,22 @@ def save_boxes(image: Image.Image | None, text: str, path: Path) -> None:
     name is of no picture format."""
     if image is None:
         raise ConfigError("no image to draw boxes on; name one with --image-file or /image")
+    boxes = parse_boxes(text)
+    save_picture(draw_boxes(image, boxes, [str(number) for number in range(1, len(boxes) + 1)]), path)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Raises ConfigError if the file name is of no picture format."""
+    kind = picture_format(path)
+    with atomic_write(path, "wb") as file:
+        picture.save(file, kind)
+
+
+def picture_format(path: Path) -> str:
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
         raise ConfigError(f"{path}: not the name of a picture file; try {path.with_suffix('.png')}")
-    boxes = parse_boxes(text)
-    with atomic_write(path, "wb") as file:
-        draw_boxes(image, boxes, [str(number) for number in range(1, len(boxes) + 1)]).save(file, kind)
+    return kind
 
 
 def parse_box(text: str) -> Box:
@@ -142,14 +277,20 @@ def obey(chat: Chat, line: str) -> str:
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     if command == "/image" and rest:
-        chat.look_at(rest)
-        assert chat.image is not None
-        return f"looking at {rest}, {chat.image.width} x {chat.image.height} pixels"
+        image = chat.look_at(rest)
+        return f"looking at {rest}, {image.width} x {image.height} pixels"
     if command in {"/box", "/point"}:
-        chat.box = None if not rest else parse_box(rest) if command == "/box" else around(parse_point(rest))
-        return f"asking about {chat.box.model_dump()}" if chat.box else "asking about the whole image"
+        chat.region = None if not rest else parse_box(rest) if command == "/box" else parse_point(rest)
+        return f"asking about {chat.region.model_dump()}" if chat.region else "asking about the whole image"
+    if command == "/look":
+        if rest:
+            picture_format(Path(rest))
+        looked = chat.where()
+        if rest:
+            save_heat(chat.image, looked, chat.exchanges[-1].typed, Path(rest))
+        return looking_told(looked) + (f"; saved {rest}" if rest else "")
     if command == "/reset":
-        chat.turns, chat.box = [], None
+        chat.reset()
         return "new conversation"
     if command == "/save" and rest:
         chat.save(Path(rest))
@@ -170,9 +311,9 @@ def converse(chat: Chat, *, as_json: bool, interactive: bool) -> None:
             return
         try:
             if line.startswith("/"):
-                told = obey(chat, line)
-                if interactive:
-                    print(told)
+                reply = obey(chat, line)
+                if interactive or (line.split()[0] == "/look" and not as_json):
+                    print(reply)
             elif line:
                 answer = chat.ask(line, show=not as_json)
                 if as_json:
@@ -187,12 +328,17 @@ def converse(chat: Chat, *, as_json: bool, interactive: bool) -> None:
             print("(stopped)")
 
 
-def print_json(answerer: Answerer, answer: Completion) -> None:
+def print_json(answerer: Answerer, answer: Completion, looked: Looking | None = None) -> None:
     usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
     result = {
         "text": answer.text, "boxes": boxes_of(answer.text), "finish_reason": answer.finish_reason, "usage": usage,
         "model": answerer.model_id,
     }
+    if looked:
+        result["looking"] = {
+            "drops": looked.drops, "peak": list(looked.peak().as_tuple()), "log_likelihood": looked.log_likelihood,
+            "blank": looked.blank, "attention": looked.attention,
+        }
     print(json.dumps(result, ensure_ascii=False), flush=True)
 
 
@@ -200,12 +346,20 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="medllava serve.cli", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--model-path", type=Path, required=True, help="checkpoint folder")
-    options.add_argument("--model-base", type=Path, help="base of an adapter folder, which names its own: checked only")
+    options.add_argument("--model-path", required=True, help="checkpoint folder or hub id")
+    options.add_argument("--model-base", help="full model under a LoRA or projector folder, if not the one it names")
     options.add_argument("--conv-mode", help="chat format, which the checkpoint knows: checked only")
-    options.add_argument("--image-file", type=Path, help="picture of any size; none asks about text only")
+    options.add_argument(
+        "--image-file", type=Path, action="append", help="picture of any size; repeat for several; none: text only"
+    )
     options.add_argument("--prompt", help="ask this and end")
     options.add_argument("--box", help="x1,y1,x2,y2 in 0..1: the region the question is about")
+    options.add_argument("--point", help="x,y in 0..1: the place the question is about")
+    options.add_argument(
+        "--regions", choices=["text", "mark"],
+        help="show regions as coordinates or as a red mark on the picture (default: as the checkpoint was trained)",
+    )
+    options.add_argument("--look", type=Path, metavar="OUT.png", help="with --prompt: what the answer depends on")
     options.add_argument("--json", action="store_true", help="print one JSON object per answer, nothing else")
     options.add_argument("--save-boxes", type=Path, metavar="OUT.png", help="with --prompt: draw the answer's boxes")
     options.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -213,19 +367,18 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--seed", type=int, help="makes sampling repeatable")
     options.add_argument("--max-new-tokens", type=int, default=256)
     options.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    options.add_argument("--debug", action="store_true", help="log more on stderr")
     quantised = options.add_mutually_exclusive_group()
     quantised.add_argument("--load-4bit", action="store_true", help="language model in 4 bits (bitsandbytes)")
     quantised.add_argument("--load-8bit", action="store_true", help="language model in 8 bits (bitsandbytes)")
     return options
 
 
-def check_original_flags(answerer: Answerer, path: Path, base: Path | None, conv_mode: str | None) -> None:
-    """The flags of LLaVA's own command say what a checkpoint here knows of itself: warn where they differ."""
+def check_original_flags(answerer: Answerer, path: str, base: str | None, conv_mode: str | None) -> None:
+    """The flags of LLaVA's own command, as far as a checkpoint here knows better: warn where they differ."""
     manifest = answerer.manifest
-    if base is not None and manifest.base is not None:
-        own = Path(manifest.base) if Path(manifest.base).is_absolute() else path / manifest.base
-        if own.resolve() != base.resolve() and manifest.base != str(base):
-            print(f"warning: --model-base {base} is not used; {path} stands on {manifest.base}", file=sys.stderr)
+    if base is not None and manifest.base is None:
+        print(f"warning: --model-base {base} is not used; {path} is a whole model", file=sys.stderr)
     wanted = {"v1": "vicuna_v1", "llava_v1": "vicuna_v1"}.get(conv_mode or "", conv_mode)
     if wanted is not None and wanted != manifest.chat_format:
         print(
@@ -236,23 +389,36 @@ def check_original_flags(answerer: Answerer, path: Path, base: Path | None, conv
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
-    if options.save_boxes and (options.prompt is None or options.image_file is None):
-        raise ConfigError("--save-boxes needs --prompt and --image-file")
+    files: list[Path] = options.image_file or []
+    for flag, given in (("--save-boxes", options.save_boxes), ("--look", options.look)):
+        if given and (options.prompt is None or not files):
+            raise ConfigError(f"{flag} needs --prompt and --image-file")
+    if options.box and options.point:
+        raise ConfigError("choose one of --box and --point")
     # Everything that can be wrong is looked at before the model is loaded.
-    image = load_image(options.image_file) if options.image_file else None
-    box = parse_box(options.box) if options.box else None
+    images = [load_image(file) for file in files]
+    for path in (options.save_boxes, options.look):
+        if path:
+            picture_format(path)
+    region: Region | None = parse_box(options.box) if options.box else None
+    if options.point:
+        region = parse_point(options.point)
+    if options.debug:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 
     from medllava.model.answerer import Answerer
 
     answerer = Answerer.load(
-        options.model_path, device=options.device, load_4bit=options.load_4bit, load_8bit=options.load_8bit
+        options.model_path, device=options.device, load_4bit=options.load_4bit, load_8bit=options.load_8bit,
+        base=options.model_base,
     )
     check_original_flags(answerer, options.model_path, options.model_base, options.conv_mode)
     sampling = {
         "max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "top_p": options.top_p,
         "seed": options.seed,
     }
-    chat = Chat(answerer, sampling, image, box)
+    ways = parse_ways(options.regions) if options.regions else answerer.manifest.regions
+    chat = Chat(answerer, sampling, images, region, ways)
     if options.prompt is None:
         interactive = sys.stdin.isatty() and not options.json
         if interactive:
@@ -262,10 +428,15 @@ def main(argv: list[str] | None = None) -> int:
         converse(chat, as_json=options.json, interactive=interactive)
         return 0
     answer = chat.ask(options.prompt, show=not options.json)
+    looked = chat.where() if options.look else None
     if options.json:
-        print_json(answerer, answer)
+        print_json(answerer, answer, looked)
+    elif looked:
+        print(looking_told(looked), file=sys.stderr)
+    if looked:
+        save_heat(chat.image, looked, options.prompt, options.look)
     if options.save_boxes:
-        save_boxes(image, answer.text, options.save_boxes)
+        save_boxes(chat.image, answer.text, options.save_boxes)
     return 0
 
 

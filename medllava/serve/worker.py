@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medllava.errors import CheckpointError, ConfigError, MissingExtraError, run_cli
+from medllava.model.hub import display_name, local_folder
 from medllava.serve.faults import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         prog="medllava serve.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument(
-        "--model-path", type=Path, required=True, action="append", help="checkpoint folder; repeat to serve several"
+        "--model-path", required=True, action="append", help="checkpoint folder or hub id; repeat to serve several"
     )
     options.add_argument(
         "--adapter", action="append", default=[], metavar="NAME=DIR",
@@ -142,10 +143,11 @@ def main(argv: list[str] | None = None) -> int:
         raise MissingExtraError("fastapi and uvicorn", "serve", error) from error
 
     adapters = named_folders(options.adapter)
-    for folder in [*options.model_path, *adapters.values()]:
+    folders = [local_folder(name) for name in options.model_path]
+    for folder in [*folders, *adapters.values()]:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such checkpoint folder")
-    names = [folder.resolve().name for folder in options.model_path] + list(adapters)
+    names = [display_name(folder) for folder in folders] + list(adapters)
     if len(set(names)) < len(names):
         raise ConfigError(f"two models of the same name among {', '.join(names)}; rename a folder or an adapter")
     hosts = parse_hosts(options.allow_image_host)
@@ -161,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         from medllava.model.answerer import Answerer
 
         how = {"device": options.device, "load_4bit": options.load_4bit, "load_8bit": options.load_8bit}
-        first, *others = options.model_path
+        first, *others = folders
         loaded = Answerer.load_adapters(first, adapters, **how) if adapters else [Answerer.load(first, **how)]
         return [*loaded, *(Answerer.load(folder, **how) for folder in others)]
 
@@ -207,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         server.run(sockets=[listener])
     failure = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
     if failure is not None:
-        raise load_fault(failure, options.model_path[0])
+        raise load_fault(failure, folders[0])
     return 0
 
 

@@ -200,7 +200,10 @@ class ScriptedLooker:
         if not images:
             raise DataError("no picture")
         self.asked.append((list(images), list(turns), answer, options))
-        return SimpleNamespace(ids=[0] * 9, answer=answer, cells=options["cells"])
+        return SimpleNamespace(ids=[0] * 9, answer=answer, cells=options.get("cells", 7))
+
+    def look(self, question: SimpleNamespace) -> Looking:
+        return ScriptedLookingRow(question, 0).result()
 
     def batch(self) -> ScriptedLookingBatch:
         return ScriptedLookingBatch(self)

@@ -2,17 +2,24 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from medllava.errors import MedllavaError
+from medllava.geometry import Box, Point
 from medllava.images import load_image
 from medllava.model.answerer import Answerer
+from medllava.model.checkpoint import load, save_full, save_projector
+from medllava.model.hub import display_name, local_folder
+from medllava.model.tiny import TextSizes, tiny_model
+from medllava.regions import draw_mark
 from medllava.serve.cli import main
 
 
@@ -141,3 +148,177 @@ def test_the_flags_of_llavas_own_command(tiny: Path, photograph: Path, capsys: p
     assert capsys.readouterr().err.count("warning") == 0
     assert main([*arguments, "--conv-mode", "llava_v1", "--model-base", "elsewhere"]) == 0
     assert "--conv-mode llava_v1 is not used" in capsys.readouterr().err
+
+
+def asked_pictures(model: Any) -> list[list[tuple[int, int]]]:
+    return [[image.size for image in images] for images, _, _ in model.asked]
+
+
+def test_several_images_in_one_conversation(
+    model: Any, photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (40, 30), "pink").save(tmp_path / "other.png")
+    pipe(
+        monkeypatch,
+        f"/image {photograph}\nWhere?\nSure?\n/image {tmp_path / 'other.png'}\nAnd here?\n/reset\nAlone?\n",
+    )
+    assert main(["--model-path", "m"]) == 0
+    assert asked_pictures(model) == [[(900, 300)], [(900, 300)], [(900, 300), (40, 30)], [(40, 30)]]
+    turns = model.asked[2][1]
+    assert [turn.text.count("<image>") for turn in turns if turn.role == "user"] == [1, 0, 1]
+    assert model.asked[3][1][0].text == "<image>\nAlone?"
+
+
+def test_two_image_files_come_with_one_question(model: Any, photograph: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), "pink").save(tmp_path / "other.png")
+    arguments = ["--model-path", "m", "--image-file", str(photograph), "--image-file", str(tmp_path / "other.png")]
+    assert main([*arguments, "--prompt", "Which is a gland?"]) == 0
+    assert asked_pictures(model) == [[(900, 300), (40, 30)]]
+    assert model.asked[0][1][0].text == "<image>\n<image>\nWhich is a gland?"
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_checkpoint_of_marks_gets_marks(
+    model: Any, photograph: Path, monkeypatch: pytest.MonkeyPatch, flag: bool
+) -> None:
+    if not flag:
+        model.manifest.regions = ("mark",)
+    pipe(monkeypatch, "/box 0.5 0.5 0.8 0.9\nWhat is in this region?\n/box\nAnd in all?\n/point 0.2 0.2\nHere?\n")
+    arguments = ["--model-path", "m", "--image-file", str(photograph)]
+    assert main([*arguments, *(["--regions", "mark"] if flag else [])]) == 0
+    plain = load_image(photograph)
+    images, turns, _ = model.asked[2]
+    assert [turn.text for turn in turns if turn.role == "user"] == [
+        "<image>\nWhat is in the region marked in red?", "<image>\nAnd in all?",
+        "<image>\nHere? The question is about the region marked in red.",
+    ]
+    assert images[0].tobytes() == draw_mark(plain, Box(x1=0.5, y1=0.5, x2=0.8, y2=0.9)).tobytes()
+    assert images[1].tobytes() == plain.tobytes()
+    assert images[2].tobytes() == draw_mark(plain, Point(x=0.2, y=0.2)).tobytes()
+
+
+def test_a_checkpoint_of_marks_can_be_asked_in_text(model: Any, photograph: Path) -> None:
+    model.manifest.regions = ("mark",)
+    arguments = ["--model-path", "m", "--image-file", str(photograph), "--point", "0.5,0.5", "--regions", "text"]
+    assert main([*arguments, "--prompt", "What is in this region?"]) == 0
+    assert model.asked[0][1][0].text == "<image>\nWhat is in the region [0.42, 0.42, 0.58, 0.58]?"
+
+
+def test_saved_conversations_hold_the_regions(
+    model: Any, photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, page = tmp_path / "chat.json", tmp_path / "chat.md"
+    pipe(
+        monkeypatch,
+        "Where?\n/box 0.1 0.2 0.3 0.4\nWhat is this?\n/point 0.5 0.5\nHere?\n" + f"/save {kept}\n/save {page}\n",
+    )
+    assert main(["--model-path", "m", "--image-file", str(photograph)]) == 0
+    turns = json.loads(kept.read_text())["turns"]
+    assert [turn["region"] for turn in turns if turn["role"] == "user"] == [
+        None, {"box": [0.1, 0.2, 0.3, 0.4]}, {"point": [0.5, 0.5]}
+    ]
+    assert turns[2]["typed"] == "What is this?" and "[0.10, 0.20, 0.30, 0.40]" in turns[2]["text"]
+    text = page.read_text()
+    assert "Picture 1: 900 x 300 pixels" in text and text.count("## Question") == 3
+    assert "Region (box): `[0.10, 0.20, 0.30, 0.40]`" in text and "Region (point)" in text
+
+
+def test_looking_in_a_chat_and_in_one_shot(
+    model: Any, photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe(monkeypatch, f"Where is the gland?\n/look\n/look {tmp_path / 'one.png'}\n")
+    arguments = ["--model-path", "m", "--image-file", str(photograph)]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "depends most on [0.86, 0.00, 1.00, 0.14]: covered, 2.50 nats less likely (the whole image:" \
+        " +3.50 nats)"
+    assert lines[2].endswith(f"saved {tmp_path / 'one.png'}")
+    _, turns, answer, _ = model.looker.asked[0]
+    assert answer == "A gland. [0.10, 0.20, 0.40, 0.60]" and turns[-1].text == "<image>\nWhere is the gland?"
+    assert load_image(tmp_path / "one.png").size[0] == 900
+
+    assert main([*arguments, "--prompt", "Where?", "--json", "--look", str(tmp_path / "two.png")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["looking"]["peak"] == pytest.approx([6 / 7, 0, 1, 1 / 7]) and (tmp_path / "two.png").is_file()
+
+
+@pytest.mark.parametrize("lines", ["/look", "Hello\n/look", "/look out.xyz"])
+def test_nothing_to_look_into(model: Any, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
+    pipe(monkeypatch, lines + "\n")
+    with pytest.raises(MedllavaError, match="no answer about an image|not the name of a picture"):
+        main(["--model-path", "m"])
+
+
+def test_the_python_interface_marks_or_writes_the_region(tiny: Path, photograph: Path) -> None:
+    loaded = Answerer.load(tiny, device="cpu")
+    box = Box(x1=0.1, y1=0.2, x2=0.4, y2=0.6)
+    in_text = loaded.ask("What is in this region?", photograph, region=box, max_new_tokens=4)
+    typed = loaded.ask("What is in the region [0.10, 0.20, 0.40, 0.60]?", photograph, max_new_tokens=4)
+    assert in_text == typed
+    loaded.manifest = loaded.manifest.model_copy(update={"regions": ("mark",)})
+    marked = loaded.ask("What is in this region?", photograph, region=box, max_new_tokens=4)
+    assert marked.prompt_tokens < typed.prompt_tokens
+    assert loaded.ask("What is in the region marked in red?", draw_mark(load_image(photograph), box),
+                      max_new_tokens=4) == marked
+
+
+@pytest.fixture
+def hub(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A hub id whose snapshot is in the cache; the hub itself is out of reach."""
+    snapshot = tmp_path / "hub" / "models--lab--tissue-chat" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(tiny, snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return "lab/tissue-chat"
+
+
+def test_a_hub_id_in_place_of_a_folder(hub: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model-path", hub, "--prompt", "Hello", "--json", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "tissue-chat"
+    with pytest.raises(MedllavaError, match="lab/other: no such checkpoint folder, and not to be had from the hub"):
+        main(["--model-path", "lab/other", "--prompt", "Hello"])
+
+
+def test_the_worker_takes_a_hub_id_too(hub: str) -> None:
+    from medllava.serve import worker
+
+    with pytest.raises(MedllavaError, match="lab/other: no such checkpoint folder") as caught:
+        worker.main(["--model-path", "lab/other", "--port", "0"])
+    assert "\n" not in str(caught.value)
+    assert display_name(local_folder(hub)) == "tissue-chat"
+
+
+def test_the_base_of_an_adapter_can_be_named(tiny: Path, tmp_path: Path) -> None:
+    moved, wider = tmp_path / "moved" / "base", tmp_path / "wider"
+    shutil.copytree(tiny, moved)
+    loaded = load(tiny, device="cpu")
+    with torch.no_grad():
+        for value in loaded.model.model.multi_modal_projector.parameters():
+            value.add_(0.5)
+    save_projector(tmp_path / "part", loaded.model, loaded.processor, base=tiny, chat_format="medllava")
+    manifest = json.loads((tmp_path / "part" / "medllava.json").read_text()) | {"base": "../gone"}
+    (tmp_path / "part" / "medllava.json").write_text(json.dumps(manifest))
+    question = ["--model-path", str(tmp_path / "part"), "--prompt", "Hello", "--max-new-tokens", "2"]
+    with pytest.raises(MedllavaError, match="its base model is not at"):
+        main(question)
+    assert main([*question, "--model-base", str(moved)]) == 0
+    texts = ["Where is the gland? In the upper left."]
+    other, processor = tiny_model(texts, text=TextSizes(hidden_size=64, intermediate_size=64))
+    save_full(wider, other, processor, chat_format="medllava")
+    with pytest.raises(MedllavaError, match="belongs to another base"):
+        main([*question, "--model-base", str(wider)])
+
+
+@pytest.mark.parametrize("file", ["non_lora_trainables.bin", "mm_projector.bin", "pytorch_model.bin"])
+def test_folders_of_llavas_own_format_are_told_how_to_convert(tmp_path: Path, file: str) -> None:
+    folder = tmp_path / "llava-v1.5-7b-lora"
+    folder.mkdir()
+    (folder / file).touch()
+    (folder / "config.json").write_text('{"mm_vision_tower": "clip", "model_type": "llava"}')
+    with pytest.raises(MedllavaError, match="python -m medllava.model convert .*llava-v1.5-7b-lora-hf") as caught:
+        main(["--model-path", str(folder), "--model-base", "lmsys/vicuna", "--prompt", "x"])
+    assert ("--base" in str(caught.value)) == (file != "pytorch_model.bin")

@@ -258,8 +258,8 @@ def summarise(rows: Sequence[Row], provenance: dict[str, object], *, seed: int =
         rotation=rotation, letters=letters,
         by_category=_by_category([row for row in rows if row.condition == "real"], seed),
         calibration={
-            name: found for name in METRICS if name in real and name in firsts
-            if (found := calibrate(name, real[name], seed=seed))
+            name: calibrated for name in METRICS if name in real and name in firsts
+            if (calibrated := calibrate(name, real[name], seed=seed))
         },
         notes=tuple(_notes(rows, gains, rotation, letters)),
         provenance=dict(provenance),

@@ -195,7 +195,7 @@ class Batch:
         self._activate()
         with torch.inference_mode():
             encoded = self._model.get_image_features(pixel_values=values, return_dict=True).pooler_output
-            parts = torch.stack(list(encoded)).split([len(pixels) for pixels in once])
+            parts = torch.split(torch.stack(list(encoded)), [len(pixels) for pixels in once])
             features = {id(pixels): part.flatten(0, 1) for pixels, part in zip(once, parts, strict=True)}
             embeddings = self._model.get_input_embeddings()(ids)
             places = (ids == self._model.config.image_token_id).unsqueeze(-1)

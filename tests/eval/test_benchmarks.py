@@ -277,7 +277,7 @@ def test_a_data_set_of_the_hub_by_its_id(
     source, images = samples["quilt_vqa"]
     expected = read_question_set(source, load_benchmark("quilt_vqa")).questions
     rows = [
-        {"image": Image.open(images / row["image"]), **{key: value for key, value in row.items() if key != "image"}}
+        {**row, "image": Image.open(images / row["image"]).copy()}
         for row in json.loads(source.read_text())
     ]
     home = tmp_path / "datasets--somebody--Quilt_VQA"

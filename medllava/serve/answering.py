@@ -8,8 +8,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from medllava.errors import ServiceError
-from medllava.serve.client import Model, Worker, WorkerLost, WorkerState
-from medllava.serve.session import Exchange, Session
+from medllava.geometry import format_box
+from medllava.images import draw_heat, load_image, to_data_uri
+from medllava.serve.client import Looked, Model, Worker, WorkerLost, WorkerState
+from medllava.serve.session import Exchange, Looking, Session
+
+HEAT_SIDE = 640
+"""Longest side in pixels of the pictures that show where a model looked."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Workers:
                 await self.refresh()
             model = self.model(chosen)
             chosen = Choice(chosen.url, model.name if model else "")
-            exchange.model = chosen.model
+            exchange.worker, exchange.model = chosen.url, chosen.model
             try:
                 # In a thread: where a region is drawn on a large picture, the other pages would stand still.
                 await asyncio.to_thread(exchange.address, model.regions if model else ("text",))
@@ -128,3 +133,31 @@ class Workers:
                     yield
             except ServiceError as error:
                 exchange.state, exchange.note = "failed", str(error)
+
+    async def looking(self, session: Session, exchange: Exchange) -> Looking:
+        """What an answer of the session depends on in its picture, asked of the worker that gave it: see
+        :mod:`medllava.model.looking`. Raises ServiceError."""
+        if exchange.worker not in self._by_url or exchange.uri is None or not exchange.answer:
+            raise ServiceError("there is no answer about a picture whose worker could be asked.")
+        turns, pictures = session.prompt(exchange)
+        looked = await self._by_url[exchange.worker].looking(
+            turns, pictures, exchange.answer, model=exchange.model or None
+        )
+        return await asyncio.to_thread(_shown, looked, exchange.uri)
+
+
+def _shown(looked: Looked, uri: str) -> Looking:
+    image = load_image(uri)
+    image.thumbnail((HEAT_SIDE, HEAT_SIDE))
+    most = max(value for row in looked.drops for value in row)
+    total = looked.log_likelihood - looked.blank
+    text = (
+        f"Covered, {format_box(looked.peak)} makes this answer {most:.2f} nats less likely; the whole image"
+        f" {total:.2f}. Brighter matters more to the answer; that does not make the answer right."
+        if most > 0 else f"No part of the image makes this answer likelier (the whole image: {total:+.2f} nats)."
+    )
+    pictures = [("What the answer depends on", to_data_uri(draw_heat(image, looked.drops), "JPEG"))]
+    if looked.attention:
+        heat = to_data_uri(draw_heat(image, looked.attention, unit="of the attention"), "JPEG")
+        pictures.append(("Attention: weak evidence, what was read and not what mattered", heat))
+    return Looking(text, tuple(pictures))

@@ -1,8 +1,8 @@
 // The conversation of the web chat. What people and models wrote is untrusted: it only ever becomes text nodes, never
 // markup, so nothing in it runs or loads. Gradio runs this once with `element`, `props`, `trigger`, `watch`. Python sets:
-//   exchanges  [{picture, asked, typed, parts: [{text, index, colour}], answer, state, note, model, vote}, ...]
+//   exchanges  [{picture, asked, typed, parts: [{text, index, colour}], answer, state, note, model, vote, looked}, ...]
 //   current    number of the exchange whose places are drawn on the image, or null
-//   busy, feedback, looks    an answer is being made; votes are collected; "Where did it look?" is offered
+//   busy, feedback    an answer is being made; votes are collected      pictures  how many there are
 //   flash      {count, index}: flash that place        download  {count, name, type, text or base64}: save that
 const find = (selector) => element.querySelector(selector);
 const log = find(".log");
@@ -103,7 +103,7 @@ function article(one, number, last) {
     under.append(button("retry", "Retry", () => { trigger("retry"); back(); }));
     under.append(button("undo", "Undo", () => { trigger("undo"); back(); }));
   }
-  if (props.looks && one.answer && one.picture !== null) {
+  if (one.answer && one.picture !== null && !one.looked) {
     under.append(button("look", "Where did it look?", () => trigger("look", { number })));
   }
   if (props.feedback && one.answer) {
@@ -117,6 +117,7 @@ function article(one, number, last) {
   }
   if (one.model) under.append(make("span", "which", one.model));
   node.append(under);
+  if (one.looked) node.append(looking(one.looked));
   return node;
 }
 
@@ -136,6 +137,22 @@ function answer(bot, one, number) {
     note.append(one.note);
     bot.append(note);
   }
+}
+
+// Where the model looked; the pictures are the page's own, drawn over what was sent.
+function looking({ text, pictures }) {
+  const figure = make("figure", "looked");
+  figure.append(make("p", "", text));
+  pictures.forEach(([caption, uri], n) => {
+    const image = make("img");
+    image.alt = n ? "Heat map of the attention" : "Heat map over the image";
+    image.src = uri;
+    const box = n ? make("details") : make("div");
+    if (n) box.append(make("summary", "", caption));
+    box.append(image);
+    figure.append(box);
+  });
+  return figure;
 }
 
 function edit(node, user, one, number) {
@@ -176,7 +193,7 @@ function render() {
   while (rows.length > exchanges.length) rows.pop().node.remove();
   exchanges.forEach((one, number) => {
     const last = number === exchanges.length - 1;
-    const rest = JSON.stringify([one.asked, one.state, one.vote, one.many, last, props.current === number, props.looks]);
+    const rest = JSON.stringify([one.asked, one.state, one.vote, one.many, last, props.current === number, one.looked]);
     const json = rest + JSON.stringify([one.parts, one.note, one.model]);
     const row = rows[number];
     if (row && row.json === json) return;

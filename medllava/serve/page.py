@@ -17,7 +17,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from medllava.errors import DataError
+from medllava.errors import DataError, ServiceError
 from medllava.geometry import parse_boxes
 from medllava.images import draw_boxes, load_image, to_data_uri
 from medllava.jsonl import Appender
@@ -26,7 +26,7 @@ from medllava.serve.answering import Choice, Workers
 from medllava.serve.client import Worker
 from medllava.serve.export import as_geojson, as_json, as_markdown, read_geojson, region_json
 from medllava.serve.phrases import colour_of, phrases_of
-from medllava.serve.session import Exchange, Picture, Session, Source, open_picture, region_of, view_of
+from medllava.serve.session import Exchange, Looking, Picture, Session, Source, open_picture, region_of, view_of
 from medllava.serve.tiles import ShownSlide, add_routes, slide_strip
 
 THUMBNAIL_HEIGHT = 124
@@ -73,6 +73,7 @@ def exchange_of(one: Exchange, many: bool) -> dict[str, Any]:
         "picture": None if one.picture is None else one.picture + 1, "many": many, "typed": one.typed,
         "asked": one.asked, "answer": one.answer, "parts": parts_of(one), "state": one.state, "note": one.note,
         "model": one.model, "vote": one.vote,
+        "looked": {"text": one.looked.text, "pictures": one.looked.pictures} if one.looked else None,
     }
 
 
@@ -357,6 +358,22 @@ def build(
         session.saves += 1
         return gr.HTML(download={"count": session.saves, **file})
 
+    async def look(session: Session, event: gr.EventData) -> AsyncIterator[Any]:
+        number = int(event.number)
+        if not 0 <= number < len(session.exchanges) or session.exchanges[number].waits():
+            yield unchanged(1, "This answer is gone.")[0]
+            return
+        one = session.exchanges[number]
+        before, one.looked = one.looked, Looking("Covering the image part by part…")
+        yield chat_of(session)
+        try:
+            one.looked = await crew.looking(session, one)
+        except (ServiceError, ValueError) as error:
+            one.looked = before
+            # ValueError: the exchange was dropped meanwhile.
+            gr.Warning(str(error) if isinstance(error, ServiceError) else "This answer is gone.")
+        yield chat_of(session)
+
     def vote(session: Session, event: gr.EventData) -> Any:
         number, given = int(event.number), str(event.vote)
         if feedback is None or given not in {"up", "down"} or not 0 <= number < len(session.exchanges):
@@ -429,7 +446,7 @@ def build(
                 )
             with gr.Column(scale=5, min_width=360):
                 chat = part(
-                    "chat", elem_id="chat", exchanges=[], current=None, busy=False, pictures=0, looks=False,
+                    "chat", elem_id="chat", exchanges=[], current=None, busy=False, pictures=0,
                     feedback=feedback is not None,
                 )
                 with gr.Row(elem_classes="questions", elem_id="questions"):
@@ -465,6 +482,7 @@ def build(
         chat.place(show_place, session, opened, **private)
         chat.save(save, session, chat, **private)
         chat.vote(vote, session, chat, **private)
+        chat.look(look, session, chat, concurrency_limit=None, **private)
         # First the end of the stream, then what the page says about it: together, a late piece may be shown last.
         stop.click(None, cancels=running, **private).then(stopped, session, chat, **private)
         chat.undo(undo, session, told, cancels=running, **private)

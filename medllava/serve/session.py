@@ -120,6 +120,14 @@ class Picture:
         return Sight(self.uri)
 
 
+@dataclass(frozen=True)
+class Looking:
+    """Where the model looked, to show: what was found as a sentence, and pictures (JPEG data URIs) with a caption."""
+
+    text: str
+    pictures: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass(eq=False)
 class Exchange:
     """One question and its answer. ``picture`` is a place in the session's list, None for a question without one.
@@ -139,7 +147,10 @@ class Exchange:
     note: str = ""
     """What a person should know of how the answer came about: stopped, failed, moved to another worker."""
     model: str = ""
+    worker: str = ""
+    """URL of the worker that was asked, or asked last."""
     vote: Literal["up", "down"] | None = None
+    looked: Looking | None = None
 
     def waits(self) -> bool:
         """True while it is being answered."""
@@ -262,7 +273,7 @@ class Session:
 
 def open_picture(source: str | Path) -> Picture:
     """Open a data URI, or a file that the operator named: only a Path is one. Raises DataError."""
-    if isinstance(source, str) and not source.startswith("data:"):
+    if not isinstance(source, Path) and not str(source).startswith("data:"):
         raise DataError("a picture comes as a data URI; this server opens no file for a browser")
     image = load_image(source)
     sent = image

@@ -114,7 +114,7 @@ def test_open_draw_ask_and_see_the_answer_drawn(
     expect(last_answer(tab)).to_have_text("A gland. [0.10, 0.20, 0.40, 0.60]")
     assert [turn.role for turn in worker.answerer.asked[-1][1]] == ["user", "assistant", "user"]
     expect(last_answer(tab).locator(".phrase")).to_have_text("A gland. [0.10, 0.20, 0.40, 0.60]")
-    tab.click("#chat summary")
+    tab.click("#chat .menu summary")
     with tab.expect_download() as download:
         tab.click("#chat [data-kind=image]")
     saved = load_image(download.value.path())

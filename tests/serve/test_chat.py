@@ -66,7 +66,7 @@ def serious(tab: Page) -> list[str]:
 
 
 def saved(tab: Page, kind: str) -> str:
-    tab.click("#chat summary")
+    tab.click("#chat .menu summary")
     with tab.expect_download() as download:
         tab.click(f"#chat [data-kind={kind}]")
     return download.value.path().read_text(encoding="utf-8")
@@ -209,7 +209,7 @@ def test_exports_and_regions_from_qupath(
     assert exchange["boxes"] == [{"box": [0.1, 0.2, 0.4, 0.6], "text": "A gland", "colour": "#e6194b"}]
     text = saved(tab, "markdown")
     assert "> Where is the gland?" in text and "4711" not in text and "data:" not in text
-    tab.click("#chat summary")
+    tab.click("#chat .menu summary")
     tab.get_by_label("with the pictures").check()
     tab.keyboard.press("Escape")
     with_pictures = json.loads(saved(tab, "json"))
@@ -304,6 +304,20 @@ def test_votes_are_written_only_where_they_are_collected(
     }
 
 
+def test_where_it_looked(worker: Any, serve_page: Serve, tab: Page, tissue: Path) -> None:
+    tab.goto(serve_page(worker.url))
+    ask(tab, "hello", 1)
+    expect(tab.locator("#chat .look")).to_have_count(0)  # nothing to look at
+    open_image(tab, tissue)
+    ask(tab, "Where is the gland?", 2)
+    tab.get_by_role("button", name="Where did it look?").click()
+    expect(tab.locator("#chat .looked img").first).to_be_visible()
+    expect(tab.locator("#chat .looked p")).to_contain_text("less likely")
+    width = tab.locator("#chat .looked img").first.evaluate("(image) => image.naturalWidth")
+    assert width == 640
+    assert serious(tab) == []
+
+
 def test_accessible_in_every_state(
     worker: Any, serve_page: Serve, tab: Page, tissue: Path, other: Path, tmp_path: Path
 ) -> None:
@@ -322,7 +336,7 @@ def test_accessible_in_every_state(
     assert serious(tab) == []
     tab.keyboard.press("Escape")
     tab.set_viewport_size({"width": 820, "height": 1180})
-    tab.click("#chat summary")
+    tab.click("#chat .menu summary")
     assert serious(tab) == []
     tab.keyboard.press("Escape")
     tab.fill("#question textarea", "divide by zero")

@@ -157,15 +157,20 @@ def draw_mark(image: Image.Image, region: Region, kind: Kind | None = None) -> I
         for radius, filled in ((1.5 * width, MARK_COLOUR), (4.0 * width, None)):
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), filled, MARK_COLOUR, width)
         return drawn
-    # Around the box, so that the line covers none of what it marks; never smaller than the line can show.
-    x0, y0, x1, y1 = box.to_pixels(*image.size)
-    grow_x, grow_y = (max(0.0, 3.0 * width - side / 2) + width for side in (x1 - x0, y1 - y0))
-    if kind == "ellipse":
-        grow_x, grow_y = grow_x + 0.1 * (x1 - x0), grow_y + 0.1 * (y1 - y0)
-        pen.ellipse((x0 - grow_x, y0 - grow_y, x1 + grow_x, y1 + grow_y), None, MARK_COLOUR, width)
-    else:
-        pen.rectangle((x0 - grow_x, y0 - grow_y, x1 + grow_x, y1 + grow_y), None, MARK_COLOUR, width)
+    # Around the box, so that the line covers none of what it marks; never smaller than the line can show, and within
+    # the picture, so that it can be seen.
+    part = 0.1 if kind == "ellipse" else 0.0
+    x0, x1 = _grown(*box.to_pixels(*image.size)[0::2], width, part, image.width)
+    y0, y1 = _grown(*box.to_pixels(*image.size)[1::2], width, part, image.height)
+    draw = pen.ellipse if kind == "ellipse" else pen.rectangle
+    draw((x0, y0, x1, y1), None, MARK_COLOUR, width)
     return drawn
+
+
+def _grown(low: float, high: float, line: int, part: float, size: int) -> tuple[float, float]:
+    """Where a mark around ``low`` to ``high`` begins and ends, in pixels."""
+    more = max(0.0, 3.0 * line - (high - low) / 2) + line + part * (high - low)
+    return max(low - more, 0.0), min(high + more, size - 1.0)
 
 
 def with_mark(text: str) -> str:

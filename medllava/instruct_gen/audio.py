@@ -128,9 +128,8 @@ def decoded(video: Path, rate: int | None = None) -> Iterator[Piece]:
             start_s = frame.time - begin_s if frame.time is not None else next_s
             next_s = start_s + frame.samples / frame.sample_rate
             if rate is None and frame.format.name == "fltp":
-                yield start_s, frame.sample_rate, np.stack(
-                    [np.frombuffer(plane, np.float32, frame.samples) for plane in frame.planes]
-                )
+                channels = [np.frombuffer(plane, np.float32, frame.samples) for plane in frame.planes]
+                yield start_s, frame.sample_rate, np.stack(channels) if len(channels) > 1 else channels[0][None]
                 continue
             frame.pts = None
             for piece in _resampled(resampler, frame):

@@ -20,6 +20,14 @@ for data in "$out"/data/*/; do
   sed -n '1,3p' "$out/$name.txt" | sed "s/^/  /"
 done
 
+# The same command again gives the same bytes.
+$eval answer --benchmark own --questions "$out/data/own/questions.csv" --images "$out/data/own/images" \
+  --model-path "$model" --out "$out/own_again" 2> "$out/log.txt" > /dev/null
+$eval report --answers "$out/own_again/answers.jsonl" --out "$out/own_again/report" > /dev/null
+cmp "$out/own/answers.jsonl" "$out/own_again/answers.jsonl"
+cmp "$out/own/report/report.json" "$out/own_again/report/report.json"
+echo "own, asked twice: answers.jsonl and report.json are the same bytes"
+
 $eval compare "$out/quilt_vqa_red_unmarked" "$out/quilt_vqa_red" --names unmarked marked --out "$out/compared" | sed -n '3,6p'
 
 $python tests/eval/judge_server.py "$out/judge.txt" 0 > "$out/judge_url.txt" &

@@ -12,6 +12,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -231,8 +232,13 @@ def as_latex(runs: Sequence[Run], tests: dict[str, dict[str, Paired]]) -> str:
     return table(["metric", *(run.name for run in runs)], rows, caption)
 
 
+def _told(value: object) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
 def as_html(runs: Sequence[Run], tests: dict[str, dict[str, Paired]]) -> str:
-    """One page that asks nothing of any network."""
+    """One page that asks nothing of any network: a plot, tables, and what made each run."""
+    from medllava.eval.chart import dot_chart
 
     def rows(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
         cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
@@ -240,12 +246,24 @@ def as_html(runs: Sequence[Run], tests: dict[str, dict[str, Paired]]) -> str:
         return f"<table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
 
     notes = "".join(f"<li>{escape(run.name)}: {escape(note)}</li>" for run in runs for note in run.report.notes)
+    chart = dot_chart(
+        {name: {run.name: run.report.metrics[name] for run in runs if name in run.report.metrics}
+         for name in _metrics(runs)}, "Scores of all runs",
+    )
+    made = rows(["", *(run.name for run in runs)], [
+        [key, *(_told(run.report.provenance.get(key)) for run in runs)]
+        for key in dict.fromkeys(key for run in runs for key in run.report.provenance)
+    ])
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Runs side by side</title><style>'
         "body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:24px auto;padding:0 16px}"
         "table{border-collapse:collapse;width:100%;margin-bottom:32px}"
         "td,th{padding:6px 10px;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}"
-        "td:first-child,th:first-child{text-align:left}</style></head><body><h1>Runs side by side</h1>"
+        "td:first-child,th:first-child{text-align:left}svg{max-width:860px}"
+        ".made td{white-space:normal;overflow-wrap:anywhere;font:12px ui-monospace,monospace;vertical-align:top}"
+        "</style></head><body><h1>Runs side by side</h1>"
+        + chart
         + rows(["metric", *(run.name for run in runs)], _rows(runs)) + "<h2>Paired differences</h2>"
-        + rows(_TEST_HEAD, _test_rows(runs, tests)) + (f"<ul>{notes}</ul>" if notes else "") + "</body></html>\n"
+        + rows(_TEST_HEAD, _test_rows(runs, tests)) + (f"<ul>{notes}</ul>" if notes else "")
+        + f'<details class="made"><summary>How the answers were made</summary>{made}</details></body></html>\n'
     )

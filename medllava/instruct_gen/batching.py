@@ -60,6 +60,9 @@ def run_batches(
                 progress = queue.collect()
             states = ", ".join(dict.fromkeys(progress.statuses)) or "ended"
             said = f"{progress.answered:,} of {progress.requests:,} answered, {progress.failed:,} failed ({states})"
+            if price := plan.recipe.usd_per_million:
+                most_usd = sum(job.most_usd for job in queue.under_way)
+                said += f"; ${cache.usd(price):.2f} for the replies kept, these cost ${most_usd:.2f} at most"
             if not wait:
                 return None, said
             bar.set_postfix_str(f"{len(cache):,} replies kept; {said}")

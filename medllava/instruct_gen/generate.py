@@ -54,17 +54,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="through the provider's batch interface: submit what can be asked, collect what has ended; give the same"
         f" command until it ends with 0 (meanwhile {UNDER_WAY})",
     )
+    add(
+        "--batch-requests", type=int, default=50_000, metavar="N",
+        help="with --batch: requests in a file (default: 50000, the most that OpenAI takes); fewer where your account"
+        " may have fewer tokens in line",
+    )
     add("--wait", action="store_true", help="with --batch: look every minute until all is there")
 
 
 def run(args: argparse.Namespace) -> int:
+    from medllava.errors import ConfigError
     from medllava.instruct_gen.asking import Plan, ask_all
     from medllava.instruct_gen.assemble import write_results
     from medllava.instruct_gen.batching import refuse_while_under_way
     from medllava.instruct_gen.endpoint import Address, read_captions, read_recipe, tell_redactions
     from medllava.instruct_gen.kinds import load_prompts
+    from medllava.llm.batches import MOST_REQUESTS
     from medllava.llm.cache import ReplyCache
 
+    if not 1 <= args.batch_requests <= MOST_REQUESTS:
+        raise ConfigError(f"--batch-requests {args.batch_requests}: expected 1 to {MOST_REQUESTS}")
     recipe = read_recipe(args)
     plan = Plan(read_captions(args, recipe), recipe, load_prompts(recipe))
     address = Address.of(args, recipe)
@@ -99,7 +108,7 @@ def _batch(
     api_key = resolve_api_key(address.base_url, address.api_key_file)
     with (
         address.budget(plan.recipe, cache) or nullcontext() as budget,
-        BatchQueue(args.out, cache, address.base_url, api_key) as queue,
+        BatchQueue(args.out, cache, address.base_url, api_key, args.batch_requests) as queue,
     ):
         return run_batches(plan, cache, queue, budget, wait=args.wait)
 

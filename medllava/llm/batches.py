@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 MOST_REQUESTS, MOST_BYTES = 50_000, 190_000_000
 """Of one batch; OpenAI takes 50,000 requests in 200 MB."""
 
+QUEUE_FULL = "token_limit_exceeded"
+"""Code of the fault of a batch that was rejected because others hold all tokens that an account may have in line."""
+
 _ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 _AGAIN = frozenset({408, 409, 429})
 
@@ -59,13 +62,16 @@ class Progress:
 class BatchQueue:
     """Batches of one output folder; replies are kept in ``cache``. Use as a context manager.
 
-    ``folder`` holds ``batches.jsonl`` (the state) and the files to upload.
+    ``folder`` holds ``batches.jsonl`` (the state) and the files to upload; a batch has at most ``most_requests``.
     """
 
-    def __init__(self, folder: Path, cache: ReplyCache, base_url: str, api_key: str) -> None:
+    def __init__(
+        self, folder: Path, cache: ReplyCache, base_url: str, api_key: str, most_requests: int = MOST_REQUESTS
+    ) -> None:
         self.folder = folder
         self.cache = cache
         self.base_url = base_url
+        self.most_requests = most_requests
         self.refused: dict[str, str] = {}
         """Requests that the provider will not answer, by key, and why."""
         self.jobs = {job.tag: job for job in read_jobs(folder, self.refused)}
@@ -107,7 +113,7 @@ class BatchQueue:
                     return sent + len(keys), False
                 room_usd -= usd
             row = to_line(_row(request))
-            if len(rows) == MOST_REQUESTS or size + len(row.encode()) > MOST_BYTES:
+            if len(rows) == self.most_requests or size + len(row.encode()) > MOST_BYTES:
                 self._begin(rows, keys, most_usd)
                 sent += len(keys)
                 rows, keys, size, most_usd = [], [], 0, 0.0
@@ -128,7 +134,8 @@ class BatchQueue:
     def collect(self) -> Progress:
         """Keep the replies of batches that have ended; tell where the others are.
 
-        Raises ServiceError where the provider rejected a whole batch; its requests are open again.
+        Raises ServiceError where the provider rejected a whole batch; its requests are open again. A batch that only
+        has to wait until others have ended is no error: its requests are sent again then.
         """
         progress = Progress()
         for job in self.under_way:
@@ -211,8 +218,14 @@ class BatchQueue:
         if failed or batch.status != "completed":
             log.warning("batch %s: %s; %d of %d answered", job.batch_id, batch.status, replies, len(job.keys))
         if batch.status == "failed":
-            faults = [fault.message for fault in (batch.errors.data if batch.errors else None) or []]
-            raise ServiceError(f"{self.base_url}: batch {job.batch_id} was rejected: {'; '.join(map(str, faults[:3]))}")
+            faults = (batch.errors.data if batch.errors else None) or []
+            said = f"batch {job.batch_id} was rejected: {'; '.join(str(fault.message) for fault in faults[:3])}"
+            full = any(fault.code == QUEUE_FULL for fault in faults)
+            if full and self.under_way:
+                log.warning("%s; it is sent again when the others have ended", said)
+                return
+            smaller = f"; give --batch-requests, fewer than {len(own):,}" if full else ""
+            raise ServiceError(f"{self.base_url}: {said}{smaller}")
 
     def _rows(self, job: Job, file_id: str) -> Iterator[dict[str, Any]]:
         path = self._file(job).with_suffix(".results")

@@ -17,6 +17,9 @@ from medllava.geometry import QUADRANTS
 from medllava.instruct_gen import generate
 from medllava.instruct_gen.records import GroundedCaption, Phrase
 from medllava.jsonl import read_rows, write_records
+from medllava.llm.base import Request
+from medllava.llm.batches import BatchQueue
+from medllava.llm.cache import ReplyCache
 from medllava.phantom import grammar
 from medllava.phantom.replies import reply_to
 from medllava.phantom.teacher import TeacherServer
@@ -36,6 +39,7 @@ class Provider(TeacherServer):
         self.batches: dict[str, dict] = {}
         self.polls_before_end = 1
         self.status = "completed"
+        self.most_in_line = 99
         self.asked: Counter[str] = Counter()
         self.paid: Counter[str] = Counter()
         self.rows = lambda key, attempt: None
@@ -85,6 +89,10 @@ class Provider(TeacherServer):
             "id": id, "object": "batch", "created_at": 0, "status": "in_progress", "polls": 0, **body,
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
         }
+        if sum(batch["status"] == "in_progress" for batch in self.batches.values()) > self.most_in_line:
+            self.batches[id]["errors"] = {"data": [{"code": "token_limit_exceeded", "message": "Enqueued token limit"}]}
+            self.batches[id]["status"] = "failed"
+            return self.batches[id]
         for line in self.files[body["input_file_id"]].splitlines():
             self.asked[json.loads(line)["custom_id"]] += 1
         return self.batches[id]
@@ -248,6 +256,39 @@ def test_a_rejected_batch_is_told_and_can_be_sent_again(tmp_path, captions, prov
         run(captions, tmp_path / "out", provider, "--batch")
     provider.status = "completed"
     until_the_end(captions, tmp_path / "out", provider)
+
+
+def test_more_than_the_account_may_have_in_line_is_sent_piece_by_piece(
+    tmp_path, captions, provider, monkeypatch, caplog
+):
+    monkeypatch.setattr("medllava.instruct_gen.batching.POLL_S", 0.01)
+    provider.most_in_line = 1
+    assert run(captions, tmp_path / "out", provider, "--batch", "--wait", "--batch-requests", 25) == 0
+    assert "Enqueued token limit; it is sent again when the others have ended" in caplog.text
+    assert max(len(provider.files[batch["input_file_id"]].splitlines()) for batch in provider.batches.values()) == 25
+    assert set(provider.paid.values()) == {1}
+    assert run(captions, tmp_path / "live", provider) == 0
+    assert written(tmp_path / "out") == written(tmp_path / "live")
+    provider.most_in_line = 0
+    with pytest.raises(ServiceError, match="Enqueued token limit; give --batch-requests, fewer than 3"):
+        run(captions, tmp_path / "none", provider, "--batch", "seed=5")
+    with pytest.raises(ConfigError, match="--batch-requests 0: expected 1 to 50000"):
+        run(captions, tmp_path / "none", provider, "--batch", "--batch-requests", 0)
+
+
+def test_the_limits_of_one_file_hold(tmp_path, monkeypatch):
+    """107,131 requests of Quilt's size make three files of OpenAI's; here the limits are 1,000 times smaller."""
+    monkeypatch.setattr("medllava.llm.batches.MOST_BYTES", 9_000)
+    sent = []
+    monkeypatch.setattr(BatchQueue, "_submit", lambda queue, job: sent.append(
+        (len(job.keys), len(queue._file(job).read_bytes()))
+    ))
+    requests = [Request("m", ({"role": "user", "content": f"{n} " + "x" * (n % 400)},)) for n in range(107)]
+    with ReplyCache(tmp_path / "replies.jsonl") as cache, BatchQueue(tmp_path, cache, "http://h/v1", "k", 50) as queue:
+        assert queue.submit(iter(requests), None, None) == (107, True)
+        assert queue.submit(iter(requests), None, None) == (0, True), "what is under way is not sent again"
+    assert sum(count for count, _ in sent) == 107 and len(sent) > 3
+    assert all(count <= 50 and size <= 9_000 for count, size in sent)
 
 
 def test_max_usd_holds_by_what_a_batch_can_cost_at_most(tmp_path, captions, provider):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medllava.instruct_gen.__main__ import main
-from medllava.instruct_gen.audio import heard, measure_levels, silence_below
+from medllava.instruct_gen.audio import STEP_S, decoded, heard, measure_levels, silence_below
 from medllava.instruct_gen.records import Utterance
 
 
@@ -52,6 +52,21 @@ def test_levels_are_those_of_the_sound(lecture, sound, with_sound, tmp_path):
     assert abs(np.median(levels[:38]) + 60) < 2
     assert -32 < np.median(levels[42:118]) < -22
     assert -60 <= silence_below(levels) < -40
+
+
+def test_levels_are_the_mean_power_of_each_step(lecture, sound, with_sound, tmp_path):
+    talk = with_sound(lecture.path, tmp_path / "talk.mp4", sound(14, [(2, 6)], 0.01))
+    times, power = [], []
+    for start_s, rate, samples in decoded(talk):
+        times.append(start_s + np.arange(samples.shape[1]) / rate)
+        power.append((samples.astype(np.float64) ** 2).mean(0))
+    step = np.floor(np.concatenate(times) / STEP_S).astype(int)
+    within = step >= 0
+    mean = np.bincount(step[within], np.concatenate(power)[within]) / np.bincount(step[within])
+    levels, _ = measure_levels(talk)
+    assert levels is not None and len(levels) == len(mean)
+    # A sample on the border of two steps may fall into either.
+    assert np.abs(levels - 10 * np.log10(np.maximum(mean, 1e-12)))[mean > 1e-9].max() < 0.1
 
 
 def test_silent_lecture_gives_no_caption_and_the_user_hears_of_it(lecture, sound, with_sound, tmp_path, capsys):

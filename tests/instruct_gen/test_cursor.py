@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from medllava.instruct_gen.background import Thinned, median, pixel_ranks, spread
-from medllava.instruct_gen.cursor import Background, SpotFinder
+from medllava.instruct_gen.cursor import REACH, Background, SpotFinder, _patches
 from medllava.instruct_gen.track import hot_spot, learn_appearance, likeliest
 from medllava.instruct_gen.video import Frame
 
@@ -16,11 +16,34 @@ ARROW = np.array([(0, 0), (0, 16), (4, 13), (6, 18), (9, 17), (6, 12), (11, 12)]
 def test_ranks_equal_those_of_a_sort(count):
     rng = np.random.default_rng(count)
     stack = [rng.integers(0, 256, (20, 30), dtype=np.uint8) for _ in range(count)]
+    given = [image.copy() for image in stack]
     ordered = np.sort(np.stack(stack), axis=0)
     ranks = sorted({0, count // 3, (count - 1) // 2, count - 1})
     for rank, found in zip(ranks, pixel_ranks(stack, ranks), strict=True):
         assert (found == ordered[rank]).all()
     assert (median(stack) == ordered[(count - 1) // 2]).all()
+    assert all((image == before).all() for image, before in zip(stack, given, strict=True))
+
+
+def test_patches_are_those_of_whole_planes_with_nothing_around_them():
+    rng = np.random.default_rng(5)
+
+    def picture() -> Frame:
+        y, u, v = (rng.integers(0, 256, size, dtype=np.uint8) for size in ((80, 120), (40, 60), (40, 60)))
+        return Frame(0.0, y, u, v, None)
+
+    frames = [picture(), picture()]
+    background = Background.of([picture(), picture(), picture()])
+    maps = rng.integers(0, 256, (2, 2, 40, 60), dtype=np.uint8)
+    centres = np.array([(0, 0), (30, 20), (59, 39), (3, 38)], np.int32)
+    index = np.array([0, 0, 1, 1], np.int32)
+    patches = _patches(frames, background, (maps[0], maps[1]), index, centres)
+    for number, (at, (x, y)) in enumerate(zip(index, centres, strict=True)):
+        shown = [(p.y.reshape(40, 2, 60, 2).sum((1, 3), dtype=int) + 2) // 4 for p in (frames[at], background)]
+        planes = [maps[0][at], maps[1][at], shown[0], frames[at].u, frames[at].v, shown[1], background.u, background.v]
+        for plane, patch in zip(planes, patches[:, number], strict=True):
+            around = np.pad(plane, REACH)[y : y + 2 * REACH + 1, x : x + 2 * REACH + 1]
+            assert (patch == around).all()
 
 
 def test_thinned_stays_small_and_evenly_spread():

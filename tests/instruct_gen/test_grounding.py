@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medllava.geometry import Box
-from medllava.instruct_gen.grounding import ground, grounded_phrases
+from medllava.instruct_gen.grounding import RESTING, SHORTEST_S, _pointing_spell, ground, grounded_phrases
 from medllava.instruct_gen.records import TracePoint, Utterance
 
 SAID = Utterance(start_s=10, end_s=13, text="Here is a gland.")
@@ -106,3 +106,21 @@ def test_boxes_stay_inside_the_image():
     box = ground(SAID, trace(lambda t: (max(0.0, 0.03 + 0.06 * np.cos(4 * t)), 0.95 + 0.05 * np.sin(4 * t))), SIZE).box
     assert box is not None
     assert 0 <= box.x1 < box.x2 <= 1 and 0 <= box.y1 < box.y2 <= 1
+
+
+def test_the_pointing_spell_is_the_best_of_all_stretches():
+    rng = np.random.default_rng(2)
+    for _ in range(10):
+        t_s = np.sort(rng.uniform(0, 5, 30))
+        xy = np.cumsum(rng.normal(0, 0.02, (30, 2)) * (rng.random((30, 1)) < 0.7), axis=0)
+        speed = np.hypot(*np.diff(xy, axis=0).T) / np.maximum(np.diff(t_s), 1e-3)
+        moves = np.maximum(np.append(speed, speed[-1]), np.insert(speed, 0, speed[0])) > RESTING
+        found, best = None, 0.0
+        for first in range(30):
+            for last in range(first + 1, 30):
+                stretch = slice(first, last + 1)
+                area = np.prod(np.maximum(np.ptp(xy[stretch], axis=0), 0.03))
+                evidence = np.where(moves[stretch], 1.0, 0.1).sum() * -np.log(2 * area)
+                if t_s[last] - t_s[first] >= SHORTEST_S and evidence > best + 1e-9:
+                    found, best = stretch, evidence
+        assert _pointing_spell(t_s, xy) == found

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from medllava.instruct_gen.stable import SHORTEST_S, stable_runs
+from medllava.instruct_gen.stable import SHORTEST_S, _median, stable_runs
 from medllava.instruct_gen.video import Frame, VideoReader
 
 CHROMA = np.full((90, 160), 128, np.uint8)
@@ -85,3 +85,9 @@ def test_a_slow_zoom_is_never_still():
         about = np.float32([[scale, 0, 160 * (1 - scale)], [0, scale, 90 * (1 - scale)]])
         frames.append(frame(t, cv2.warpAffine(wide, about, (320, 180), flags=cv2.INTER_LINEAR)))
     assert spans(frames, 1.5) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 144])
+def test_the_median_is_numpys(count):
+    values = np.random.default_rng(count).normal(size=(count, 1)).astype(np.float32)
+    assert _median(values) == np.median(values)

@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from medllava.instruct_gen import track
 from medllava.instruct_gen.cursor import LOOKS, Spots
-from medllava.instruct_gen.track import Appearance, doubtful_rests, melted_rests
+from medllava.instruct_gen.track import Appearance, doubtful_rests, likeliest, melted_rests
 
 RED = np.array([6, 1.2, 160, 0, 107, -32, 200, 50], np.float32)
 APPEARANCE = Appearance(
@@ -47,3 +48,20 @@ def test_a_faint_picture_left_behind_is_no_resting_cursor():
     assert not doubtful_rests(found, path, np.abs(score)).any()
     # While it moves it may look like anything.
     assert not doubtful_rests(found, path[:8], -np.ones(8, np.float32)).any()
+
+
+@pytest.mark.parametrize("together", [1, 7, 1000])
+def test_the_path_does_not_depend_on_how_many_frames_are_computed_at_once(monkeypatch, together):
+    rng = np.random.default_rng(3)
+    rows = []
+    for t in np.arange(0, 20, 0.125):
+        if rng.random() < 0.8:  # hidden now and then
+            rows.append((float(t), 100 + 60 * np.cos(t), 80 + 40 * np.sin(t), RED + rng.normal(0, 1, LOOKS), 0.9))
+        for _ in range(rng.integers(0, 3)):
+            rows.append((float(t), *rng.uniform(0, 200, 2), rng.normal(100, 30, LOOKS), rng.random()))
+    found = spots(rows)
+    usual = likeliest(found, APPEARANCE)
+    circles = np.abs(np.hypot(found.xy[usual, 0] - 100, 1.5 * (found.xy[usual, 1] - 80)) - 60) < 1
+    assert len(usual) > 100 and circles.mean() > 0.9
+    monkeypatch.setattr(track, "LINKED_TOGETHER", together)
+    assert (likeliest(found, APPEARANCE) == usual).all()

@@ -74,6 +74,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kinds", nargs="+", choices=get_args(QuestionKind), help="kinds of question; default: all")
     parser.add_argument("--concurrency", type=int, default=8, help="calls at once; default 8")
     parser.add_argument("--retries", type=int, default=6, help="of a call that got no answer; default 6")
+    parser.add_argument("--timeout", type=float, default=180, help="seconds that a call may take; default %(default)s")
     parser.add_argument("--out", type=Path, required=True, help="folder for the judgements")
 
 
@@ -232,7 +233,7 @@ class _Work:
             with budget or nullcontext():
                 endpoint = OpenAIModel(
                     url, resolve_api_key(url, given.api_key_file), concurrency=given.concurrency,
-                    max_retries=given.retries, budget=budget,
+                    max_retries=given.retries, timeout_s=given.timeout, budget=budget,
                 )
                 judge = CachedModel(endpoint, cache, endpoint.pace)
                 try:

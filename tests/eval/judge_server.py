@@ -19,10 +19,11 @@ FAULTS = {
     1: "prose", 2: "8 7", 3: "[[7]]", 4: "refusal", 5: '{"first": 8, "seco', 6: "http500", 7: "http400", 8: "late",
     9: '{"first": 11, "second": 3, "reason": ""}', 10: '[8, 7]', 11: "http429 once", 12: "http500 once",
     13: "cut body once",
-    14: "wrong order",
+    14: "wrong order", 15: "always late",
 }
-"""Question number -> what goes wrong; 11 to 13 pass at the second try, and in 14 the keys stand the other way round."""
-LOST = {1, 2, 3, 4, 5, 6, 7, 9, 10}
+"""Question number -> what goes wrong; 8 and 11 to 13 pass at the second try, in 14 the keys are the other way round."""
+LOST = {1, 2, 3, 4, 5, 6, 7, 9, 10, 15}
+LATE_S = 5.0
 
 
 def part(content: str, name: str) -> str:
@@ -64,6 +65,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.numbers.add(number)
         fault = FAULTS.get(number, "")
         time.sleep(self.server.delay_s)
+        if fault == "always late" or (fault == "late" and tries == 1):
+            time.sleep(LATE_S)
+            self.close_connection = True
+            return None  # nobody waits for it any more
         if fault == "http500" or (fault == "http500 once" and tries == 1):
             return self.reply(500, {"error": {"message": "broken"}})
         if fault == "http400":

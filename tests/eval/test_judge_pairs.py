@@ -105,7 +105,7 @@ def test_every_fault_is_counted_and_none_is_averaged(judge: tuple[str, Any], tmp
     url, http = judge
     asked = questions(60)
     path = files(tmp_path, asked, answers(asked))
-    assert commands.main(command(path, url, tmp_path / "out")) == 0
+    assert commands.main(command(path, url, tmp_path / "out", "--timeout", "2")) == 0
     report = told(tmp_path / "out")
     assert all(found["value"] is None for found in report["metrics"].values())
     assert report["metrics"]["win_rate"]["n"] == 60 - len(SERVER.LOST)
@@ -118,13 +118,14 @@ def test_every_fault_is_counted_and_none_is_averaged(judge: tuple[str, Any], tmp
     assert kept["q4"] == "I cannot grade this."
     assert kept["q5"] == '{"first": 8, "seco'
     assert "500" in rows["q6"]["reason"] and "400" in rows["q7"]["reason"]
+    assert "no answer after 2 retries" in rows["q15"]["reason"]
     assert {rows[f"q{n}"]["points"] for n in (8, 11, 12, 13, 14, 30)} == {7.5}, "scores where it passed in the end"
     calls = sum(http.seen.values())
     http.seen.clear()
     http.numbers.clear()
-    assert commands.main(command(path, url, tmp_path / "out")) == 0
+    assert commands.main(command(path, url, tmp_path / "out", "--timeout", "2")) == 0
     assert sum(http.seen.values()) < calls
-    assert http.numbers == {6, 7}, "only those that never had a reply are asked again"
+    assert http.numbers == {6, 7, 15}, "only those that never had a reply are asked again"
 
 
 def test_few_faults_give_a_headline(judge: tuple[str, Any], tmp_path: Path) -> None:

@@ -192,3 +192,18 @@ def test_bertscore_with_a_text_encoder_of_ones_own(tmp_path: Path) -> None:
     assert commands.main([*again, "--bertscore-model", str(encoder)]) == 0
     with pytest.raises(CheckpointError, match="no config.json; expected a Hugging Face folder of a text encoder"):
         commands.main([*line[:-2], str(tmp_path), "--out", str(tmp_path / "other.json")])
+
+
+def test_half_a_line_is_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_records(tmp_path / "questions.jsonl", [
+        {"id": "a", "image": None, "question": "Is it?", "kind": "closed", "answer": "yes", "choices": ["yes", "no"],
+         "group": "g"}
+    ])
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"question_id": "a", "text": "Yes."}\n{"question_id": "a", "te')
+    report, _ = score_files(path)
+    assert report.metrics["closed_accuracy"].value == 1
+    assert f"{path}:2: the last line is half written and was left out" in caplog.text
+    path.write_text('{"question_id": "a", "text": "Yes.", "logprob": "high"}\n')
+    with pytest.raises(DataError, match="answers.jsonl:1: logprob: Input should be a valid number"):
+        score_files(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,28 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     answers.write_text('{"question_id": 0, "text": "yes"}\n')
     with pytest.raises(DataError, match="yes_no_answer"):
         commands.main([*line, "--legacy", "quilt_eval", "--gt", str(gt), "--quilt"])
+
+
+ODD = json.loads((TABLES / "errors.expected.json").read_text()) if (TABLES / "errors.expected.json").is_file() else {}
+
+
+@pytest.mark.skipif(not ODD, reason="no tables of the original scripts here (MEDLLAVA_PARITY)")
+@pytest.mark.parametrize("name", ODD or ["none"])
+def test_where_the_original_stops(name: str, tmp_path: Path) -> None:
+    """Its numbers where it prints some; where it stops, an error of ours, or no number for a kind that has no rows."""
+    if not (TABLES / f"{name}.gt.json").is_file():
+        pytest.skip(f"no files of {name} here")
+    line = ["--legacy", "quilt_eval", "--gt", str(TABLES / f"{name}.gt.json")]
+    line += ["--answers", str(TABLES / f"{name}.pred.jsonl")]
+    stopped = ODD[name].get("stderr_last") or ""
+    if ODD[name]["returncode"] and "ZeroDivisionError" not in stopped:
+        with pytest.raises(DataError, match="ids and their order"):
+            legacy(*line, out=tmp_path / "o.json")
+        return
+    found = legacy(*line, out=tmp_path / "o.json")
+    if ODD[name]["returncode"]:
+        assert found["f1"] is None and found["yes_no_accuracy"] is not None
+        return
+    for key in ("f1", "precision", "recall"):
+        shown = re.search(rf"{key}(?: score)?\s+([\d.]+)", ODD[name]["stdout"])
+        assert shown is not None and found[key] == pytest.approx(float(shown.group(1)), abs=1e-3)

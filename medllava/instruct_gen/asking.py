@@ -81,8 +81,8 @@ class Plan:
         for _, of_video in groupby(self.tasks(facts), key=lambda task: task.caption.video):
             yield from sorted(of_video, key=lambda task: place[task.kind])
 
-    def steps(self, task: Task) -> DraftSteps:
-        return sample_steps(task, self.recipe, self.prompts)
+    def steps(self, task: Task, *, judge: bool = True) -> DraftSteps:
+        return sample_steps(task, self.recipe, self.prompts, judge=judge)
 
 
 @dataclass
@@ -150,7 +150,7 @@ async def ask_all(plan: Plan, model: CachedModel, cache: ReplyCache) -> Trouble:
         count = sum(1 for _ in plan.tasks(facts))
         await ask_each(
             "samples", plan.tasks_to_ask(facts), count,
-            lambda task: drive(task.id, plan.steps(task), model, trouble), plan.recipe, cache, model.pace,
+            lambda task: drive(task.id, plan.steps(task, judge=False), model, trouble), plan.recipe, cache, model.pace,
         )
     except BudgetError as error:
         trouble.stopped = str(error)
@@ -182,7 +182,7 @@ async def ask_pilot(plan: Plan, model: CachedModel, cache: ReplyCache, count: in
         tasks = [task for kind in plan.recipe.plans for _, _, task in sorted(chosen.get(kind, []), reverse=True)]
         await ask_each(
             "pilot: samples", tasks, len(tasks),
-            lambda task: drive(task.id, plan.steps(task), model, trouble), plan.recipe, cache, model.pace,
+            lambda task: drive(task.id, plan.steps(task, judge=False), model, trouble), plan.recipe, cache, model.pace,
         )
     except BudgetError as error:
         trouble.stopped = str(error)

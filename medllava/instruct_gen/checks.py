@@ -51,18 +51,26 @@ class VerifyReply(Form):
     sentences: list[SentenceVerdict]
 
 
-def sample_steps(task: Task, recipe: GenerateRecipe, prompts: dict[str, Prompt]) -> DraftSteps:
-    """Ask for one sample and put it through the gates. Raises UnusableReplyError with the gate's reason."""
+def sample_steps(
+    task: Task, recipe: GenerateRecipe, prompts: dict[str, Prompt], *, judge: bool = True
+) -> DraftSteps:
+    """Ask for one sample and put it through the gates. Raises UnusableReplyError with the gate's reason.
+
+    ``judge``: False where only the requests are wanted; then gates are left out after which none would follow.
+    """
     reason = caption_fault(task.caption)
     if reason:
         raise UnusableReplyError(reason, "")
     draft = yield from draft_steps(task, recipe, prompts)
+    checks = (recipe.checks.answerable_without_image, recipe.checks.verify)
+    if not judge and not any(check and task.kind in check.kinds for check in checks):
+        return draft
     # What a dry run makes up is judged by nothing: it counts the calls of a sample that passes.
     if not draft.made_up:
         reason = first_fault(task.kind, draft.turns, Background(task.caption, task.facts, recipe.synonyms))
         if reason:
             raise UnusableReplyError(reason, draft.raw)
-    blind, verify = recipe.checks.answerable_without_image, recipe.checks.verify
+    blind, verify = checks
     if blind and task.kind in blind.kinds:
         draft = yield from _without_image(task, draft, blind, recipe, prompts["without_image"])
     if verify and task.kind in verify.kinds:

@@ -76,7 +76,7 @@ def names(diagnosis: str, synonyms: Mapping[str, Sequence[str]] | None = None) -
     groups = [*SYNONYMS, *((name, *others) for name, others in (synonyms or {}).items())]
     keys = {_key(name) for name in found}
     for group in groups:
-        if keys & {_key(name) for name in group}:
+        if keys & _keys(group):
             found |= dict.fromkeys(group)
     return tuple(name for name in found if name and _key(name) not in _GENERIC)
 
@@ -84,19 +84,19 @@ def names(diagnosis: str, synonyms: Mapping[str, Sequence[str]] | None = None) -
 def named_in(text: str, names: Iterable[str]) -> str | None:
     """The first of the names that ``text`` holds, as it stands there, or None. Plurals, hyphens, compounds written
     apart and British spellings are the same; names in capitals (SCC) must be in capitals."""
-    wanted = tuple(names)
-    short = {name for name in wanted if _is_short(name)}
-    keys = {_key(name) for name in wanted if not _is_short(name)}
-    for word in re.findall(r"\b[A-Za-z]{2,6}\b", text):
+    short, keys, longest = _sought(tuple(names))
+    for word in re.findall(r"\b[A-Za-z]{2,6}\b", text) if short else ():
         if word in short or (word.endswith("s") and word[:-1] in short):
             return str(word)
-    longest = max((len(name.split()) for name in wanted), default=0) + 1
     words = normalised(text).split()
+    parts = [_part(word) for word in words]
     for at in range(len(words)):
-        for count in range(1, longest + 1):
-            piece = words[at : at + count]
-            if len(piece) == count and _key(" ".join(piece)) in keys:
-                return " ".join(piece)
+        before = ""
+        # What _key makes of the words from here on, one after the other.
+        for count, (inner, last) in enumerate(parts[at : at + longest], start=1):
+            if before + last in keys:
+                return " ".join(words[at : at + count])
+            before += inner
     return None
 
 
@@ -128,6 +128,26 @@ def _key(name: str) -> str:
     """The letters of a name, its last word in the singular: ``adeno-carcinomas`` is ``adenocarcinoma``."""
     words = [word.removesuffix("'s") for word in normalised(name).replace("cancer", "carcinoma").split()]
     return "".join([*words[:-1], *(stem(word) for word in words[-1:])])
+
+
+@lru_cache(maxsize=4096)
+def _keys(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(_key(name) for name in names)
+
+
+@lru_cache(maxsize=4096)
+def _sought(names: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str], int]:
+    """Names in capitals, the keys of the others, and the most words that a name can be written in."""
+    short = frozenset(name for name in names if _is_short(name))
+    longest = max((len(name.split()) for name in names), default=0) + 1
+    return short, _keys(tuple(name for name in names if name not in short)), longest
+
+
+@lru_cache(maxsize=65536)
+def _part(word: str) -> tuple[str, str]:
+    """What a normalised word adds to a key within a name, and at its end."""
+    inner = word.replace("cancer", "carcinoma").removesuffix("'s")
+    return inner, stem(inner)
 
 
 def _core(diagnosis: str) -> str:

@@ -34,6 +34,7 @@ class NearDuplicates:
         self._kept: dict[str, list[npt.NDArray[np.uint32]]] = {}
         self._across = MinHashLSH(threshold=NEAR, num_perm=_PERMUTATIONS) if across_images else None
         self._hashes: dict[str, MinHash] = {}
+        self._empty = MinHash(num_perm=_PERMUTATIONS, seed=1)
 
     def fault(self, id: str, image: str, turns: Sequence[Turn]) -> str | None:
         """The reason to drop the sample ``id``, or None: then it is remembered."""
@@ -53,7 +54,7 @@ class NearDuplicates:
     def _fault_elsewhere(self, id: str, shingles: frozenset[bytes], turns: Sequence[Turn]) -> str | None:
         if self._across is None or sum(len(_WORD.findall(turn.text.lower())) for turn in turns) < LONG_WORDS:
             return None
-        hashed = MinHash(num_perm=_PERMUTATIONS, seed=1)
+        hashed = self._empty.copy()  # permutations are drawn once, not for each sample
         hashed.update_batch(sorted(shingles))
         alike = {other: hashed.jaccard(self._hashes[other]) for other in self._across.query(hashed)}
         near = sorted((-overlap, other) for other, overlap in alike.items() if overlap >= NEAR)

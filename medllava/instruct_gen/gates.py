@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from medllava.conversation import IMAGE_TAG, Turn
 from medllava.geometry import Box, malformed_boxes, parse_boxes
@@ -48,7 +49,7 @@ def caption_fault(caption: GroundedCaption) -> str | None:
     for phrase in caption.phrases:
         if is_instruction(phrase.text):
             return f"instructions in the transcript: {phrase.text[:120]!r}"
-    if caption.phrases and all(patterns.SPEECH_NOISE.search(phrase.text) for phrase in caption.phrases):
+    if caption.phrases and all(_is_noise(phrase.text) for phrase in caption.phrases):
         return f"speech recognition noise: {caption.phrases[0].text[:120]!r}"
     return None
 
@@ -101,9 +102,16 @@ def text_in_image(turns: Sequence[Turn]) -> str | None:
     )
 
 
+# All samples of a caption ask about the same phrases, one after the other.
+@lru_cache(maxsize=4096)
 def is_instruction(text: str) -> bool:
     """Whether words of a transcript look as if they were meant for a model that reads it."""
     return bool(patterns.INSTRUCTION.search(text))
+
+
+@lru_cache(maxsize=4096)
+def _is_noise(text: str) -> bool:
+    return bool(patterns.SPEECH_NOISE.search(text))
 
 
 def box_faults(turns: Sequence[Turn], caption_boxes: Sequence[Box]) -> str | None:

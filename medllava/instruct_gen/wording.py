@@ -113,6 +113,8 @@ _AFTER = re.compile(
     r"(?P<before>[^.;:?!,]*?)\s+(?:is|are|was|were)\s+(?:(?:completely|entirely|clearly)\s+)?"
     r"(?:absent|missing|lacking|not\s+(?:seen|present|identified|found|visible|evident|appreciated))\b"
 )
+_MAY_DENY = re.compile(r"\b(?:no|without|absen|lack|negative|free|devoid|neither|cannot|missing)|n't|n’t")
+"""Found in every text, lower-case, that :data:`_DENIAL` or :data:`_AFTER` finds something in; most have none of it."""
 _FILLERS = re.compile(
     r"^(?:(?:any|an?|the|evidence\s+(?:of|for)|signs?\s+of|obvious|definite|definitive|true|significant|clear|visible|overt"
     r"|convincing|frank|much|other|additional|there|and|or|also|really)\s+)+"
@@ -179,6 +181,8 @@ def verdict(answer: str) -> bool | None:
 def denials(text: str) -> list[Denial]:
     """What ``text`` says is not there."""
     found: list[Denial] = []
+    if not _MAY_DENY.search(text.lower()):
+        return found
     for sentence in sentences(text):
         plain = _flat(sentence)
         if sentence.endswith("?") or _HEDGED.search(plain):

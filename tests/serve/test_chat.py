@@ -325,6 +325,9 @@ def test_accessible_in_every_state(
     tab.goto(serve_page(worker.url, examples=(tissue, other), feedback=tmp_path / "votes.jsonl"))
     expect(tab.locator(".worker")).to_contain_text("scripted ready")
     assert serious(tab) == []
+    tab.evaluate("document.body.append(Object.assign(document.createElement('button'), { id: 'nameless' }))")
+    assert len(serious(tab)) == 1  # it finds what it looks for
+    tab.evaluate("document.getElementById('nameless').remove()")
     open_image(tab, tissue)
     ask(tab, "Where is the gland?", 1)
     open_image(tab, other, 2)

@@ -259,8 +259,8 @@ class Answerer:
 
         from medllava.model.pixels import pixel_values
 
-        # One by one: of large pictures only one is in memory.
-        return torch.cat([pixel_values(self._image_processor, [image]) for image in images])
+        # One by one, and none of them held while the next is opened: of large pictures only one is in memory.
+        return torch.cat([pixel_values(self._image_processor, [images[number]]) for number in range(len(images))])
 
     def batch(self) -> Batch:
         """An empty batch: questions that :meth:`prepare` made join it and are answered together."""

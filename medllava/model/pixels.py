@@ -13,15 +13,29 @@ from PIL import Image
 
 from medllava.model.manifest import Padding
 
+LONGEST = 12_000
+"""Longest side of a picture that is padded as it is; many times what any encoder sees."""
+
 
 def pixel_values(image_processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
     """RGB pictures of any size -> float32 tensor (number of pictures, 3, side, side), padded, resized, normalised as
     the checkpoint's own image processor says."""
     rgb = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+    if getattr(image_processor, "do_pad", False):
+        rgb = [_shortened(image) for image in rgb]
     if _is_stock(image_processor):
         return torch.from_numpy(np.stack([_stock_values(image_processor, image) for image in rgb]))
     values: torch.Tensor = image_processor(images=rgb, return_tensors="pt")["pixel_values"]
     return values.float()
+
+
+def _shortened(image: Image.Image) -> Image.Image:
+    """The picture, or a copy of at most :data:`LONGEST` pixels a side: padded to a square, a strip of 100,000 x 10
+    pixels would take 40 GB."""
+    if max(image.size) <= LONGEST:
+        return image
+    factor = -(-max(image.size) // LONGEST)
+    return image.reduce((min(factor, image.width), min(factor, image.height)))
 
 
 def _is_stock(image_processor: Any) -> bool:

@@ -157,7 +157,7 @@ class Models:
             if answerer.model_id == name:
                 return answerer
         known = ", ".join(repr(answerer.model_id) for answerer in self.answerers)
-        raise Refused(404, "model_not_found", f"no model {name!r} here; this worker serves {known}", param="model")
+        raise Refused(404, "model_not_found", f"no model {name[:80]!r} here; this worker serves {known}", param="model")
 
 
 class EventStream(StreamingResponse):

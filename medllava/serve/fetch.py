@@ -19,6 +19,9 @@ from medllava.errors import ConfigError, DataError, ImageTooLarge
 
 CONNECT_S = 10.0
 WHOLE_S = 30.0
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def parse_hosts(named: Sequence[str]) -> dict[str, str | None]:
@@ -86,11 +89,19 @@ def _public_address(host: str) -> str:
     except OSError:
         raise DataError("the host of image_url is not known here") from None
     for text in found:
-        address = ipaddress.ip_address(text)
-        inner = getattr(address, "ipv4_mapped", None) or address
-        if not inner.is_global or inner.is_multicast:
+        if not all(place.is_global and not place.is_multicast for place in _meant(ipaddress.ip_address(text))):
             raise DataError(
                 "the host of image_url is in a private network; the operator can name it with its address"
                 " (--allow-image-host NAME=ADDRESS)"
             )
     return found[0]
+
+
+def _meant(address: Address) -> list[Address]:
+    """The address, or the IPv4 addresses that an IPv6 address of a transition scheme stands for."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return [address]
+    teredo = address.teredo or (None, None)
+    nat64 = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in NAT64 else None
+    inner = [place for place in (address.ipv4_mapped, address.sixtofour, teredo[1], nat64) if place is not None]
+    return [*inner] or [address]

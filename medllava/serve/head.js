@@ -1,5 +1,6 @@
 // The line on top: name, caution, and how the chosen model is. Gradio runs this with `element`, `props`, `trigger`,
 // `watch`. Python sets:  choices  [[value, label], ...]    value  the chosen one    status, model, detail  how it is
+//   mpp  micrometres per pixel of the model's training pictures, or null; told on as the event "medllava-model" {mpp}
 const find = (selector) => element.querySelector(selector);
 const select = find("select");
 let picked = null; // by the person: stays while it is there, also against an answer to an older question
@@ -28,5 +29,7 @@ function show() {
 select.addEventListener("change", () => {
   picked = props.value = select.value;
 });
+// Straight to the viewer, not through Python: an update from there every two seconds would meet what is just being drawn.
+watch("mpp", () => document.dispatchEvent(new CustomEvent("medllava-model", { detail: { mpp: props.mpp } })));
 watch(["choices", "value", "status", "model", "detail"], show);
 show();

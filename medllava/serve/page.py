@@ -106,6 +106,7 @@ def head_of(workers: Workers, chosen: Choice) -> Any:
     return gr.HTML(
         choices=[[str(choice), label] for choice, label in workers.choices()], value=str(chosen),
         status=state.status if state else "", model=model.name if model else "", detail=state.detail if state else "",
+        mpp=model.mpp if model else None,
     )
 
 
@@ -421,11 +422,9 @@ def build(
         # Gradio would keep a closed page's state, pictures included, for an hour.
         page.state_holder.session_data.pop(request.session_hash, None)
 
-    async def refresh(choice: str) -> tuple[Any, ...]:
+    async def refresh(choice: str) -> Any:
         await crew.refresh()
-        chosen = crew.kept(Choice.parse(choice))
-        model = crew.model(chosen)
-        return head_of(crew, chosen), gr.HTML(model_mpp=model.mpp if model else None)
+        return head_of(crew, crew.kept(Choice.parse(choice)))
 
     with gr.Blocks(title="medllava", analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session())
@@ -434,13 +433,13 @@ def build(
             with gr.Column(scale=6, min_width=380):
                 viewer = part(
                     "viewer", value=None, elem_id="viewer", src="", size=[0, 0], picture=0, boxes=[],
-                    point_side=POINT_SIDE, tiles=None, mpp=None, power=None, model_mpp=None,
+                    point_side=POINT_SIDE, tiles=None, mpp=None, power=None,
                 )
                 tray = part("tray", elem_id="tray", pictures=[], shown=None, regions=[])
-                shelf = gr.HTML(
-                    slide_strip(slides), js_on_load=PICK_EXAMPLE, elem_id="slides", apply_default_css=False,
-                    visible=bool(slides),
-                )
+                if slides:
+                    shelf = gr.HTML(
+                        slide_strip(slides), js_on_load=PICK_EXAMPLE, elem_id="slides", apply_default_css=False
+                    )
                 strip = gr.HTML(
                     example_strip(examples), js_on_load=PICK_EXAMPLE, elem_id="examples", apply_default_css=False
                 )
@@ -473,7 +472,8 @@ def build(
         viewer.too_large(too_large, None, None, **private)
         viewer.whole_slide(whole_slide, None, None, **private)
         strip.picked(open_example, session, opened, **private)
-        shelf.picked(open_slide, session, opened, **private)
+        if slides:
+            shelf.picked(open_slide, session, opened, **private)
         tray.shown(choose_picture, session, opened, **private)
         tray.loaded(load_regions, session, [viewer, tray], **private)
         tray.refused(regions_too_large, None, None, **private)
@@ -487,9 +487,9 @@ def build(
         stop.click(None, cancels=running, **private).then(stopped, session, chat, **private)
         chat.undo(undo, session, told, cancels=running, **private)
         chat.restart(restart, session, told, cancels=running, **private)
-        gr.Timer(STATUS_S).tick(refresh, head, [head, viewer], queue=False, **private)
+        gr.Timer(STATUS_S).tick(refresh, head, head, queue=False, **private)
         page.load(lambda: Session(), None, session, **private)
-        page.load(refresh, head, [head, viewer], **private)
+        page.load(refresh, head, head, **private)
         page.unload(leave)
         gr.api(ask_api, api_name="ask", concurrency_limit=None)
     return page

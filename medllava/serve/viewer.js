@@ -5,13 +5,12 @@
 //   tiles      of a slide: {size, overlap} of its deep-zoom tiles; null for a picture
 //   picture    number of the picture in the conversation     size   [width, height] of the original in pixels
 //   mpp, power micrometres per pixel and objective power of the original; null if not known
-//   model_mpp  micrometres per pixel that the model was trained on; null if not known
 //   boxes      what is drawn: [{box: [x1, y1, x2, y2], label, colour, path}]; path, if any, instead of the box's outline
 //   point_side side of the box that stands for a clicked point
 // and reads `value`: null, or {picture, box, point, path, view}; box (null without a region) and view, which is what is
 // visible, are [x1, y1, x2, y2], point is [x, y] or null, path is [[x, y], ...] or null.
 // All coordinates are 0..1 of the original, origin top left. The event "medllava-flash" {index} on the document shows
-// a box of the answer.
+// a box of the answer; "medllava-model" {mpp} tells the micrometres per pixel that the model was trained on, or null.
 const find = (selector) => element.querySelector(selector);
 const stage = find(".stage");
 const marks = find(".marks");
@@ -29,7 +28,8 @@ let region = null; // what is marked: {box, point, path}
 let drag = null; // what is being drawn: {tool, points: [[x, y], ...]} in 0..1
 let placing = null; // what is being placed with the keys: {at: [x, y]} or {box} or {path, at}
 let fitted = true; // the whole picture is shown, and is to be after a resize
-let flash = null; // {index, until}
+let flash = null; // {index}
+let modelMpp = null; // micrometres per pixel that the model was trained on
 
 const root = new URL(window.gradio_config.root || "/", window.location.href).pathname.replace(/\/$/, "");
 const clip = (v) => Math.min(Math.max(v, 0), 1);
@@ -234,12 +234,12 @@ function measure() {
   const times = props.mpp ? (props.power ? (props.power * props.mpp) / per : 10 / per) : null;
   const zoom = pixels > 1 ? `1 : ${pixels.toPrecision(2)}` : `${(1 / pixels).toPrecision(2)} : 1`;
   find(".zoom").textContent = props.mpp ? `${per.toPrecision(3)} µm/px, ${Number(times.toPrecision(2))}×` : `zoom ${zoom}`;
-  const factor = props.mpp && props.model_mpp ? per / props.model_mpp : 1;
+  const factor = props.mpp && modelMpp ? per / modelMpp : 1;
   const off = factor > MISMATCH || factor < 1 / MISMATCH;
   const warning = find(".mismatch");
   warning.hidden = !off;
   const [many, what] = factor > 1 ? [factor, "coarser"] : [1 / factor, "finer"];
-  warning.textContent = off ? `${Number(many.toPrecision(2))} times ${what} than the model's ${props.model_mpp} µm/px` : "";
+  warning.textContent = off ? `${Number(many.toPrecision(2))} times ${what} than the model's ${modelMpp} µm/px` : "";
   // Far in, show the pixels as they are.
   const smooth = pixels > 1 / 3;
   if (smooth !== deep.imageSmoothing) {
@@ -507,7 +507,7 @@ function show() {
 
 watch("src", show);
 watch("boxes", draw);
-watch("model_mpp", measure);
+document.addEventListener("medllava-model", (event) => { modelMpp = event.detail.mpp; measure(); });
 watch("value", () => {
   const told = props.value;
   region = told && told.box ? { box: told.box, point: told.point, path: told.path } : null;

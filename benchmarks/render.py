@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from medllava.__main__ import COMMANDS
 from medllava.jsonl import atomic_write, read_json
 
 HERE = Path(__file__).resolve().parent
 PROJECT_README = HERE.parent / "README.md"
-ORDER = ("narrate", "generate", "load", "train_step", "gpu_train", "serve", "eval", "start")
+ORDER = ("narrate", "generate", "bookkeeping", "load", "train_step", "gpu_train", "serve", "eval", "start")
 HEADLINES = {
     "narrate.cost_over_decode": "`narrate`: CPU against decoding every frame of the same video",
     "narrate.speedup_over_straightforward": "`narrate`: speed against the papers' way (OpenCV, SSIM, median stack)",
@@ -51,7 +52,7 @@ what did not help: [NOTES.md](NOTES.md).
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=HERE, help="that holds results/ (default: this one)")
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="write nothing")
     given = parser.parse_args()
     results = read_results(given.folder / "results")
     texts = {given.folder / "README.md": render(results)}
@@ -59,8 +60,10 @@ def main() -> int:
         texts[PROJECT_README] = with_table(PROJECT_README.read_text(encoding="utf-8"), results)
     if given.check:
         old = [str(path) for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
-        print("\n".join(f"{path}: not what the results say; run benchmarks/render.py" for path in old))
-        return int(bool(old))
+        faults = [f"{path}: not what the results say; run benchmarks/render.py" for path in old]
+        faults += [f"{PROJECT_README}: {fault}" for fault in unfounded(PROJECT_README.read_text("utf-8"), results)]
+        print("\n".join(faults))
+        return int(bool(faults))
     for path, text in texts.items():
         with atomic_write(path) as file:
             file.write(text)
@@ -121,7 +124,7 @@ def unfounded(text: str, results: dict[str, dict[str, Any]]) -> list[str]:
         for match in _NAME.finditer(line):
             name, before = match.group(1), line[start : match.start()]
             start = match.end()
-            if name.partition(".")[0] not in ORDER:
+            if name.partition(".")[0] not in ORDER or name in COMMANDS:
                 continue
             numbers = _NUMBER.findall(before)
             if name not in rows:

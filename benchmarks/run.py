@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("start", "narrate", "generate", "load", "train_step", "serve", "eval")
+BENCHMARKS = ("start", "narrate", "generate", "bookkeeping", "load", "train_step", "serve", "eval")
 """What runs without a GPU; gpu_train.py needs one."""
 
 

@@ -1,6 +1,7 @@
-"""The worker under load: tokens per second alone and together, and many clients that check what they are told.
+"""The worker: how fast it is beside others (serve_rates.py), and under load, with many clients that check what they
+are told.
 
-    python benchmarks/serve.py                       # throughput, then 64 clients for five minutes
+    python benchmarks/serve.py                       # rates, then 64 clients for a minute
     python benchmarks/serve.py --quick               # the same in seconds
     python benchmarks/serve.py --model-path demo-out/stage2 --questions demo-out/held-out/questions.jsonl --soak 300
     python benchmarks/serve.py --model-path demo-out/stage2 --device cuda
@@ -32,6 +33,7 @@ import openai
 import torch
 from PIL import Image
 from record import write_result
+from serve_rates import rates
 
 from medllava.images import load_image, to_data_uri
 from medllava.model.checkpoint import load, save_full
@@ -250,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--clients", type=int, default=64)
     options.add_argument("--questions", type=Path, help="questions.jsonl of a benchmark (default: made-up pictures)")
     options.add_argument("--images", type=Path, help="where its pictures are (default: narrated/ beside it)")
-    options.add_argument("--soak", type=float, default=300.0, help="seconds of the second part (default 300)")
+    options.add_argument("--soak", type=float, default=60.0, help="seconds of the second part (default 60)")
     options.add_argument("--max-tokens", type=int, default=64)
     options.add_argument("--quick", action="store_true", help="few requests and seconds: shows that it runs")
     options.add_argument("--out", type=Path, default=OUT)
@@ -261,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         questions = questions_of(given.questions, images, given.clients)
     else:
         questions = own_questions(given.clients)
+    speed = rates(quick=given.quick)
     with tempfile.TemporaryDirectory() as folder:
         path = given.model_path or talkative_checkpoint(Path(folder))
         log = Path(folder) / "worker.log"
@@ -270,6 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         passed = overtaken(log)
     ratio = together / alone
     rows = [
+        *speed,
         row(f"serve.soak_tokens_per_s_{TOGETHER}", together, "tokens/s", naive=alone),
         # Without a target in a quick run: it is too short for figures of speed and memory.
         row(f"serve.soak_batch{TOGETHER}_over_serial", ratio, "times", limit=">=", target=None if given.quick else 3),

@@ -3,7 +3,7 @@ there is for the same checkpoint, and beside what the memory of this machine all
 
     python benchmarks/serve_rates.py [--quick]        # these rows alone; serve.py has them, too
 
-The model has random weights; in full mode it is large enough (27 million parameters) that its own work, not the HTTP
+The model has random weights; in full mode it is large enough (11 million parameters) that its own work, not the HTTP
 around it, takes the time. "generate of transformers" is the stock class in one process, one question after the other;
 "transformers serve" is that program on the same folder. All take one thread, greedy, with answers of equal length. The
 limit of one answer after the other is the memory's speed over the bytes of the weights that each token reads; answers
@@ -62,8 +62,8 @@ def rates(*, quick: bool) -> list[dict[str, Any]]:
 
 
 def measured(path: Path, *, quick: bool) -> list[dict[str, Any]]:
-    tokens = 16 if quick else 48
-    rounds = 1 if quick else 3
+    tokens = 16 if quick else 96
+    rounds = 1 if quick else 2
     uris = [picture(number) for number in range(64)]
     bare = Bare(path)
     with worker(path) as ours, transformers_serve(path) as theirs:
@@ -132,7 +132,7 @@ def checkpoint(path: Path, *, quick: bool) -> Path:
     from medllava.model.checkpoint import save_full
     from medllava.model.tiny import TextSizes, VisionSizes, tiny_model
 
-    text = TextSizes() if quick else TextSizes(hidden_size=512, intermediate_size=1408, layers=8, heads=8)
+    text = TextSizes() if quick else TextSizes(hidden_size=384, intermediate_size=1056, layers=6, heads=6)
     vision = VisionSizes() if quick else VisionSizes(image_size=192, patch_size=16, hidden_size=192, layers=6)
     model, processor = tiny_model([f"{QUESTION} A gland in the upper left."], text=text, vision=vision)
     with torch.no_grad():

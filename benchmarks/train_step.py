@@ -63,7 +63,7 @@ def main() -> int:
     parser = arguments(__doc__, "train_step")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    count, rounds = (32, 1) if given.quick else (256, 3)
+    count, rounds = (32, 1) if given.quick else (128, 2)
     model = _model(given.quick)
     examples = [_example(number, *shape, model) for number, shape in enumerate(_lengths(count))]
     modality = sorted(range(count), key=lambda number: not examples[number].images)

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import random
+import re
+
 import pytest
 
 from medllava.conversation import Turn
 from medllava.geometry import Box
+from medllava.instruct_gen import diagnoses, wording
 from medllava.instruct_gen.duplicates import NearDuplicates
 from medllava.instruct_gen.gates import Background, first_fault
 from medllava.instruct_gen.records import CaseFacts, Clue, GroundedCaption, Phrase
@@ -89,3 +93,35 @@ def test_near_duplicates_are_found_within_an_image_only():
     assert seen.fault("3", "a.png", turns(*pairs[1], *pairs[0])).startswith("near-duplicate: 1.00 like sample 1")
     assert seen.fault("3", "a.png", turns("WHERE is the gland?", *pairs[0][1:], *pairs[1])).startswith("near")
     assert seen.fault("3", "a.png", turns(*pairs[0], "What is in the lower left?", "Adipose.")) is None
+
+
+WORDS = """
+no not without lack lacks absence neither nor cannot can't isn't don’t see there is are absent missing mitotic
+figures necrosis keratin tumour cancer carcinoma squamous cell SCC basal-cell carcinomas Bowen's disease
+melanomas nevus invasive ductal in situ adeno-carcinoma free of devoid negative for node , . ? and or but
+However, schwannoma
+"""
+
+
+def test_shortcuts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text is looked through for denials only if it has a word of theirs, and names are compared part by part."""
+    dice = random.Random(0)
+    texts = [" ".join(dice.choices(WORDS.split(), k=dice.randint(1, 25))) for _ in range(400)]
+    known = diagnoses.names("squamous cell carcinoma") + diagnoses.names("breast cancer") + diagnoses.names("melanoma")
+    quick = [wording.denials(text) for text in texts], [diagnoses.named_in(text, known) for text in texts]
+
+    def by_keys(text: str) -> str | None:
+        short = [word for word in re.findall(r"\b[A-Za-z]{2,6}\b", text) if word in known or word[:-1] in known]
+        upper = [word for word in short if sum(sign.isupper() for sign in word) >= 2]
+        if upper:
+            return upper[0]
+        keys = {diagnoses._key(name) for name in known if not diagnoses._is_short(name)}
+        words = wording.normalised(text).split()
+        most = max(len(name.split()) for name in known) + 1
+        pieces = [words[at : at + count] for at in range(len(words)) for count in range(1, most + 1)]
+        return next((" ".join(piece) for piece in pieces if diagnoses._key(" ".join(piece)) in keys), None)
+
+    monkeypatch.setattr(wording, "_MAY_DENY", re.compile(""))
+    assert quick == ([wording.denials(text) for text in texts], [by_keys(text) for text in texts])
+    assert sum(map(bool, quick[0])) > 50
+    assert sum(map(bool, quick[1])) > 50

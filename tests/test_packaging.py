@@ -70,6 +70,31 @@ def test_help_comes_at_once_and_has_an_example(words: list[str], repository: Pat
     assert any(form in body for form in forms), done.stdout
 
 
+def test_help_loads_nothing_heavy(repository: Path) -> None:
+    """What makes ``--help`` quick on any machine."""
+    script = (
+        "import contextlib, sys\nfrom medllava.__main__ import main\n"
+        "with contextlib.suppress(SystemExit): main([*sys.argv[1:], '--help'])\n"
+        "heavy = {'torch', 'transformers', 'peft', 'accelerate', 'gradio', 'openai', 'fastapi', 'uvicorn', 'sklearn',"
+        " 'scipy', 'pandas', 'matplotlib', 'cv2', 'av', 'ray', 'openslide', 'pyarrow', 'datasets'}\n"
+        "sys.exit(', '.join(sorted(heavy & sys.modules.keys())))"
+    )
+    for words in COMMAND_LINES:
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words], cwd=repository, capture_output=True, text=True, check=False
+        )
+        assert (words, done.stderr, done.returncode) == (words, "", 0)
+
+
+def test_importing_the_package_takes_no_time(repository: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import medllava"], cwd=repository, capture_output=True, text=True,
+        check=True,
+    )
+    (line,) = [line for line in done.stderr.splitlines() if line.endswith("| medllava")]
+    assert int(line.split("|")[1]) < 100_000  # microseconds
+
+
 @pytest.mark.parametrize("words", [["phantom"], ["serve.cli"], ["eval", "answer"], ["train"]], ids=" ".join)
 def test_both_forms_of_a_command_are_the_same(words: list[str], repository: Path) -> None:
     shown = [

@@ -405,14 +405,15 @@ def build(
                 alone.open(open_picture(image))
             exchange = alone.ask(question, region_of({"box": box}))
         except DataError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(str(error), print_exception=False) from error
         if box is not None and exchange.region is None:
-            raise gr.Error("box: expected [x1, y1, x2, y2] in 0..1 of the image, with x1 < x2 and y1 < y2")
+            why = "box: expected [x1, y1, x2, y2] in 0..1 of the image, with x1 < x2 and y1 < y2"
+            raise gr.Error(why, print_exception=False)
         await crew.refresh()
         async for _ in crew.reply(alone, exchange, crew.kept(crew.first())):
             pass
         if exchange.state != "done":
-            raise gr.Error(exchange.note)
+            raise gr.Error(exchange.note, print_exception=False)
         boxes = [box.model_dump() for box in parse_boxes(exchange.answer)]
         return {"text": exchange.answer, "boxes": boxes, "model": exchange.model, "note": exchange.note}
 

@@ -2,7 +2,7 @@
 #   make demo    the whole street: videos -> data -> training -> scores -> web chat (ARGS="--no-web --out DIR --seed N")
 #   make test    the test suite, checks included (ARGS="-k name" goes to pytest)
 #   make check   ruff, mypy --strict, import-linter
-#   make bench   the benchmarks, into benchmarks/results/
+#   make bench   the benchmarks, into benchmarks/results/, and the page of them (ARGS="serve", ARGS=--quick)
 PYTHON ?= python3
 ARGS ?=
 PIP_QUIET = -q --disable-pip-version-check

@@ -135,9 +135,9 @@ def _model(quick: bool) -> VisionLanguageLoss:
     """A LLaVA of random weights whose parts have the proportions of a 7B model: nearly all work is in the layers."""
     from medllava.model.tiny import TextSizes, TokenizerSizes, VisionSizes, tiny_model
 
-    width = 64 if quick else 320
+    width = 64 if quick else 256
     text = TextSizes(
-        hidden_size=width, intermediate_size=width * 11 // 4, layers=2 if quick else 6, heads=width // 32,
+        hidden_size=width, intermediate_size=width * 11 // 4, layers=2 if quick else 4, heads=width // 32,
         initializer_range=0.02,
     )
     vision = VisionSizes(image_size=96, patch_size=8, hidden_size=64, layers=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -75,13 +75,14 @@ def _stock_values(image_processor: Any, image: Image.Image) -> npt.NDArray[np.fl
         if (crop["height"], crop["width"]) != (height, width):
             channels = image_processor.center_crop(channels, crop)
     mean, std = tuple(image_processor.image_mean), tuple(image_processor.image_std)
-    tables = _normalised(type(image_processor), float(image_processor.rescale_factor), mean, std)
+    kind: Hashable = type(image_processor)
+    tables = _normalised(kind, float(image_processor.rescale_factor), mean, std)
     return np.stack([table[channel] for table, channel in zip(tables, channels, strict=True)])
 
 
 @lru_cache(maxsize=8)
 def _normalised(
-    kind: type[Any], factor: float, mean: tuple[float, ...], std: tuple[float, ...]
+    kind: Any, factor: float, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> npt.NDArray[np.float32]:
     """(3, 256): what the processor makes of each value of each channel."""
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, None], (3, 1, 256))

@@ -169,6 +169,10 @@ element.addEventListener("click", (event) => {
 """
 
 
+WITH_MARKED = "(session, text, marked, choice) => [session, text, window.medllavaMarked?.() ?? null, choice]"
+"""Runs in the browser with each question: the region as it is seen at that moment."""
+
+
 def part(name: str, **props: Any) -> gr.HTML:
     """One of the page's own components: NAME.html and NAME.js beside this file."""
     here = Path(__file__).parent
@@ -462,7 +466,7 @@ def build(
         opened = [viewer, chat, tray]
         told = [viewer, chat, tray, text]
         running = [
-            event(answer, [session, asked, viewer, head], told, concurrency_limit=None, **private)
+            event(answer, [session, asked, viewer, head], told, js=WITH_MARKED, concurrency_limit=None, **private)
             for event, asked in [(text.submit, text), (ask.click, text), *((chip.click, chip) for chip in chips)]
         ]
         running += [

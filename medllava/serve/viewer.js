@@ -102,19 +102,27 @@ function mark(next) {
   say();
 }
 
-// Tell Python what is marked and visible, and the person.
-let saying;
-function say() {
-  clearTimeout(saying);
-  if (!open()) return;
+// What is marked and visible; null without a picture.
+function current() {
+  if (!open()) return null;
   const list = (values) => values && values.map(tidy);
-  const value = {
+  return {
     picture: props.picture || 0,
     box: region && list(region.box),
     point: region && list(region.point),
     path: region && region.path && region.path.map(list),
     view: list(shownPart()),
   };
+}
+// A question takes this along: the props reach Gradio's own state a moment later, too late for who asks at once.
+window.medllavaMarked = current;
+
+// Tell Python what is marked and visible, and the person.
+let saying;
+function say() {
+  clearTimeout(saying);
+  const value = current();
+  if (!value) return;
   if (JSON.stringify(value) !== JSON.stringify(props.value)) props.value = value;
   describe();
   draw();

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -75,7 +75,7 @@ def _stock_values(image_processor: Any, image: Image.Image) -> npt.NDArray[np.fl
         if (crop["height"], crop["width"]) != (height, width):
             channels = image_processor.center_crop(channels, crop)
     mean, std = tuple(image_processor.image_mean), tuple(image_processor.image_std)
-    kind: Hashable = type(image_processor)
+    kind: Any = type(image_processor)
     tables = _normalised(kind, float(image_processor.rescale_factor), mean, std)
     return np.stack([table[channel] for table, channel in zip(tables, channels, strict=True)])
 

@@ -22,7 +22,7 @@ from PIL import Image
 from record import arguments, cost_of, cpu_s, finish, row
 from synthetic import sentence
 
-from medllava.jsonl import to_line, write_json_list
+from medllava.jsonl import to_line, write_json_list, write_records
 
 VIDEOS, CHUNKS = 4149, 105
 """Videos of Quilt-1M, and stable chunks in each: 435,645 pictures; Quilt-1M has 437,878."""
@@ -62,12 +62,17 @@ def _rates(folder: Path, fields: int) -> list[dict[str, Any]]:
     ], check=True, stderr=subprocess.DEVNULL)
     (video,) = videos.glob("*.mp4")
     made = []
-    taken_s = cpu_s(lambda: made.append(narrate(video, video.with_suffix(".srt"), folder)))
-    (result,) = made
-    seconds, pictures = result.video.duration_s, [one.image for one in result.narratives]
+
+    def work() -> None:
+        result = narrate(video, video.with_suffix(".srt"), folder)
+        made.append((result.video, list(result.records)))
+
+    taken_s = cpu_s(work)
+    ((probed, records),) = made
+    seconds, pictures = probed.duration_s, [one.image for one, _ in records]
     opened_s = cpu_s(lambda: look_at(pictures, folder, cache=False))
     sizes = [(folder / picture).stat().st_size for picture in pictures]
-    written = sum(len(to_line(one)) for one in (*result.narratives, *result.captions))
+    written = sum(len(to_line(one)) for pair in records for one in pair if one is not None)
     return [
         row("bookkeeping.narrate_cpu_per_s", taken_s / seconds, "s per s of video"),
         row("bookkeeping.records_per_s", written / seconds, "bytes per s of video"),
@@ -141,11 +146,11 @@ def write_narrated(folder: Path, chunks: int, *, pictures: int) -> None:
             about = {"name": video.name, "width": 1280, "height": 720, "fps": 30.0, "duration_s": 20.0 * CHUNKS}
             part = {
                 "fingerprint": fingerprint(Options(), video, transcript),
-                "video": about | {"domain": None, "domain_score": None}, "narratives": [one for one, _ in records],
-                "captions": [two for _, two in records], "no_box": {"rests": 3}, "left_out": {"not histology": 7},
-                "warnings": [],
+                "video": about | {"domain": None, "domain_score": None}, "no_box": {"rests": 3},
+                "left_out": {"not histology": 7}, "warnings": [],
             }
-            (folder / "parts" / f"{video.name}.json").write_text(to_line(part))
+            finished = [{"narrative": narrative, "caption": caption} for narrative, caption in records]
+            write_records(folder / "parts" / f"{video.name}.jsonl", [*finished, part])
             for place, (narrative, caption) in enumerate(records):
                 narratives.write(to_line(narrative))
                 captions.write(to_line(caption))

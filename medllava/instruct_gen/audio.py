@@ -6,7 +6,9 @@ utterance that lies in silence was not said in this video.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +60,8 @@ def heard(video: Path, utterances: Sequence[Utterance]) -> tuple[tuple[Utterance
 
 def measure_levels(video: Path) -> tuple[Levels | None, str | None]:
     """Loudness in dB of full scale per :data:`STEP_S` from the video's start; None without an audio track, and with the
-    reason where the track cannot be decoded. Memory grows by four bytes per step only."""
-    sums: list[float] = []
-    counts: list[int] = []
+    reason where the track cannot be decoded. Memory grows by some twelve bytes per step only."""
+    sums, counts = array("d"), array("i")
     try:
         for start_s, rate, samples in _stretches(decoded(video)):
             length = samples.shape[1]
@@ -68,8 +69,8 @@ def measure_levels(video: Path) -> tuple[Levels | None, str | None]:
             if last < 0:
                 continue
             missing = last + 1 - len(sums)
-            sums.extend([0.0] * missing)
-            counts.extend([0] * missing)
+            sums.extend(repeat(0.0, missing))
+            counts.extend(repeat(0, missing))
             # The numbers of the samples with which the steps first, first + 1, ... and the one after the last begin.
             bounds = np.ceil((np.arange(first, last + 2) * STEP_S - start_s) * rate).astype(int).clip(0, length)
             energy = np.append(np.square(samples).mean(0), np.float32(0))

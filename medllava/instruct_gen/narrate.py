@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medllava.errors import ConfigError, DataError
-from medllava.jsonl import atomic_write, read_json, read_rows, to_line, write_json, write_records
+from medllava.jsonl import atomic_write, read_rows, to_line, write_json, write_records
 from medllava.processes import end_with_parent
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ class Task:
 
     @property
     def part(self) -> Path:
-        """Where the video's result is kept until all are put together, and for the next run."""
-        return self.out / "parts" / f"{self.video.name}.json"
+        """Where the video's result is kept until all are put together, and for the next run: a line for each narrative
+        with its caption, then one with the rest. Neither writing nor reading it takes memory for more than a line."""
+        return self.out / "parts" / f"{self.video.name}.jsonl"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -248,13 +249,17 @@ def narrate_one(task: Task) -> str | None:
         task.part.unlink(missing_ok=True)
         return str(error)
     with atomic_write(task.part) as file:
-        # One line: indented, long traces would take twice the space and ten times as long.
+        for narrative, caption in result.records:
+            file.write(
+                to_line({
+                    "narrative": narrative.model_dump(mode="json"),
+                    "caption": caption.model_dump(mode="json") if caption is not None else None,
+                })
+            )
         file.write(
             to_line({
                 "fingerprint": stamp,
                 "video": result.video.model_dump(mode="json"),
-                "narratives": [record.model_dump(mode="json") for record in result.narratives],
-                "captions": [record.model_dump(mode="json") for record in result.captions],
                 "no_box": result.no_box,
                 "left_out": result.left_out,
                 "warnings": list(result.warnings),
@@ -267,15 +272,18 @@ def _is_done(task: Task, stamp: str) -> bool:
     if not task.part.is_file():
         return False
     try:
-        part = read_json(task.part)
-        frames = [task.out / row["image"] for row in part["narratives"]]
-        return bool(part["fingerprint"] == stamp) and all(frame.is_file() for frame in frames)
+        for _, row in read_rows(task.part):
+            if "fingerprint" in row:
+                return bool(row["fingerprint"] == stamp)
+            if not (task.out / row["narrative"]["image"]).is_file():
+                return False
+        return False
     except (DataError, KeyError, TypeError):
         return False
 
 
 def _assemble(out: Path, done: list[Task]) -> tuple[dict[str, int], Counter[str], Counter[str]]:
-    """Put the videos' results together, in order of name and time; memory holds one video's at a time.
+    """Put the videos' results together, in order of name and time; memory holds one narrative at a time.
 
     Returns counts of what there is, of why phrases have no box and of why pictures were left out.
     """
@@ -288,19 +296,21 @@ def _assemble(out: Path, done: list[Task]) -> tuple[dict[str, int], Counter[str]
             for name in ("narratives", "captions", "warnings", "videos")
         )
         for task in done:
-            part = read_json(task.part)
-            narratives.writelines(map(to_line, part["narratives"]))
-            captions.writelines(map(to_line, part["captions"]))
-            warnings.writelines(to_line({"video": task.video.name, "warning": one}) for one in part["warnings"])
-            videos.write(to_line(part["video"]))
-            phrases = [phrase for caption in part["captions"] for phrase in caption["phrases"]]
-            counts["narratives"] += len(part["narratives"])
-            counts["phrases"] += len(phrases)
-            counts["boxes"] += sum(phrase["box"] is not None for phrase in phrases)
-            counts["warnings"] += len(part["warnings"])
-            counts["same_views"] += sum(row["same_view_as"] is not None for row in part["narratives"])
-            no_box.update(part["no_box"])
-            left_out.update(part["left_out"])
+            for _, row in read_rows(task.part):
+                if "fingerprint" in row:
+                    warnings.writelines(to_line({"video": task.video.name, "warning": one}) for one in row["warnings"])
+                    videos.write(to_line(row["video"]))
+                    counts["warnings"] += len(row["warnings"])
+                    no_box.update(row["no_box"])
+                    left_out.update(row["left_out"])
+                    continue
+                narratives.write(to_line(row["narrative"]))
+                counts["narratives"] += 1
+                counts["same_views"] += row["narrative"]["same_view_as"] is not None
+                if row["caption"] is not None:
+                    captions.write(to_line(row["caption"]))
+                    counts["phrases"] += len(row["caption"]["phrases"])
+                    counts["boxes"] += sum(phrase["box"] is not None for phrase in row["caption"]["phrases"])
     return counts, no_box, left_out
 
 

@@ -2,15 +2,16 @@
 
 Frames stream through the test for stillness; a stable run is worked on in windows of at most 20 s, which leave behind a
 few numbers per frame (the spots that may be the cursor). What the cursor looks like is known only at the end of the
-video, so paths, boxes and records are made then.
+video, so paths, boxes and records are made then, one chunk's at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -71,14 +72,34 @@ DEFAULTS = Options()
 
 @dataclass(frozen=True)
 class Result:
-    """What one video gives."""
+    """What one video gives.
+
+    ``records`` makes each chunk's narrative, with its caption if anything was said, as it is asked for: records of a
+    whole lecture at once would take memory that grows with it. ``no_box`` is complete when ``records`` has ended.
+    """
 
     video: Video
-    narratives: tuple[Narrative, ...]
-    captions: tuple[GroundedCaption, ...]
-    no_box: Counter[str] = field(default_factory=Counter)
-    left_out: Counter[str] = field(default_factory=Counter)
-    warnings: tuple[str, ...] = ()
+    records: Iterator[tuple[Narrative, GroundedCaption | None]]
+    no_box: Counter[str]
+    left_out: Counter[str]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Said:
+    """An utterance as JSON, a fifth of the record's memory: thousands of timed words wait for the video's end."""
+
+    start_s: float
+    end_s: float
+    line: bytes
+
+    @classmethod
+    def of(cls, utterance: Utterance) -> _Said:
+        return cls(utterance.start_s, utterance.end_s, utterance.model_dump_json().encode())
+
+    @property
+    def utterance(self) -> Utterance:
+        return Utterance.model_validate(json.loads(self.line))
 
 
 @dataclass
@@ -142,6 +163,9 @@ def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULT
         )
     spoken = read_transcript(transcript, reader.video.duration_s)
     utterances, silent = heard(video, spoken.utterances)
+    remarks = [*spoken.warnings, *silent]
+    waiting = [_Said.of(utterance) for utterance in utterances]
+    del spoken, utterances
     finder = SpotFinder()
     judge = _Judge(load_filter(options.frame_filter, options.frame_prompts))
     chunks: list[_Chunk] = []
@@ -156,38 +180,13 @@ def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULT
         for chunk in chunks:
             (out / chunk.image).unlink(missing_ok=True)
         raise
-    appearance = learn_appearance([finder.outside_zone(chunk.spots) for chunk in chunks])
-    offset = hot_spot(finder.patches.items, appearance) if appearance is not None else np.zeros(2, np.float32)
-    narratives, captions = [], []
-    no_box: Counter[str] = Counter()
-    for number, chunk in enumerate(chunks):
-        trace = _trace(chunk, finder, appearance, offset, reader)
-        said = [u for u in utterances if _overlap(u, chunk) >= 0.5 * (u.end_s - u.start_s)]
-        common: dict[str, Any] = {
-            "id": f"{video.stem}-{number:03d}", "video": video.name, "image": chunk.image, "crop_px": chunk.crop,
-        }
-        power = magnification(chunk.scale, (utterance.text for utterance in said))
-        narratives.append(
-            Narrative(
-                start_s=round(chunk.start_s, 3), end_s=round(chunk.end_s, 3), trace=tuple(trace),
-                utterances=tuple(said), same_view_as=chunk.same_view_as,
-                mpp=chunk.scale.mpp if chunk.scale else None,
-                mpp_confidence=chunk.scale.confidence if chunk.scale else None,
-                magnification=power.objective if power else None, magnification_from=power.source if power else None,
-                **common,
-            )
-        )
-        size = (chunk.crop[2] - chunk.crop[0], chunk.crop[3] - chunk.crop[1])
-        phrases, reasons = grounded_phrases(said, trace, size, options.grounding, options.seed)
-        no_box += reasons
-        if phrases:
-            captions.append(GroundedCaption(phrases=tuple(phrases), **common))
     domain, domain_score = judge.domain()
     probed = reader.video.model_copy(update={"domain": domain, "domain_score": domain_score})
-    remarks = [*spoken.warnings, *silent]
-    if not narratives:
+    if not chunks:
         remarks.append(f"{video}: nothing in it holds still for {SHORTEST_S:g} s and shows histology")
-    return Result(probed, tuple(narratives), tuple(captions), no_box, +judge.left_out, tuple(remarks))
+    no_box: Counter[str] = Counter()
+    records = _records(chunks, waiting, finder, reader, options, no_box)
+    return Result(probed, records, no_box, +judge.left_out, tuple(remarks))
 
 
 def fingerprint(options: Options, *files: Path) -> str:
@@ -257,6 +256,35 @@ def _measure(
     return _Chunk(start_s, end_s, crop, image, joined(windows), estimate_scale(picture), same_view_as)
 
 
+def _records(
+    chunks: Sequence[_Chunk], waiting: Sequence[_Said], finder: SpotFinder, reader: VideoReader, options: Options,
+    no_box: Counter[str],
+) -> Iterator[tuple[Narrative, GroundedCaption | None]]:
+    """Each chunk's records; reasons for phrases without a box are counted into ``no_box``."""
+    appearance = learn_appearance(finder.outside_zone(chunk.spots) for chunk in chunks)
+    offset = hot_spot(finder.patches.items, appearance) if appearance is not None else np.zeros(2, np.float32)
+    for number, chunk in enumerate(chunks):
+        trace = _trace(chunk, finder, appearance, offset, reader)
+        said = [one.utterance for one in waiting if _overlap(one, chunk) >= 0.5 * (one.end_s - one.start_s)]
+        common: dict[str, Any] = {
+            "id": f"{reader.path.stem}-{number:03d}", "video": reader.video.name, "image": chunk.image,
+            "crop_px": chunk.crop,
+        }
+        power = magnification(chunk.scale, (utterance.text for utterance in said))
+        narrative = Narrative(
+            start_s=round(chunk.start_s, 3), end_s=round(chunk.end_s, 3), trace=tuple(trace), utterances=tuple(said),
+            same_view_as=chunk.same_view_as,
+            mpp=chunk.scale.mpp if chunk.scale else None,
+            mpp_confidence=chunk.scale.confidence if chunk.scale else None,
+            magnification=power.objective if power else None, magnification_from=power.source if power else None,
+            **common,
+        )
+        size = (chunk.crop[2] - chunk.crop[0], chunk.crop[3] - chunk.crop[1])
+        phrases, reasons = grounded_phrases(said, trace, size, options.grounding, options.seed)
+        no_box += reasons
+        yield narrative, GroundedCaption(phrases=tuple(phrases), **common) if phrases else None
+
+
 def _trace(
     chunk: _Chunk, finder: SpotFinder, appearance: Appearance | None, offset: Floats, reader: VideoReader
 ) -> list[TracePoint]:
@@ -286,6 +314,6 @@ def _trace(
     return trace
 
 
-def _overlap(utterance: Utterance, chunk: _Chunk) -> float:
+def _overlap(utterance: _Said, chunk: _Chunk) -> float:
     return max(0.0, min(utterance.end_s, chunk.end_s) - max(utterance.start_s, chunk.start_s))
 

@@ -7,7 +7,7 @@ asks for likeness with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,7 +231,7 @@ def doubtful_rests(spots: Spots, path: npt.NDArray[np.int32], score: Floats) -> 
     return doubtful
 
 
-def learn_appearance(chunks: Sequence[Spots]) -> Appearance | None:
+def learn_appearance(chunks: Iterable[Spots]) -> Appearance | None:
     """Looks of what moves steadily through the video's chunks; None if nothing does."""
     moving, others = [], []
     for spots in chunks:
@@ -258,8 +258,10 @@ def learn_appearance(chunks: Sequence[Spots]) -> Appearance | None:
 
 
 def _centre_and_spread(looks: Floats) -> tuple[Floats, Floats]:
-    centre = np.median(looks, 0)
-    return centre.astype(np.float32), (1.48 * np.median(np.abs(looks - centre), 0)).astype(np.float32)
+    # A column at a time: of an hour's spots, copies of all would take more memory than the spots.
+    centre = np.array([np.median(column) for column in looks.T], np.float32)
+    spread = [np.median(np.abs(column - middle)) for column, middle in zip(looks.T, centre, strict=True)]
+    return centre, (1.48 * np.array(spread, np.float32)).astype(np.float32)
 
 
 def hot_spot(patches: Sequence[Patch], appearance: Appearance) -> Floats:

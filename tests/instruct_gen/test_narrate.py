@@ -109,7 +109,7 @@ def test_a_second_run_reuses_what_is_finished(lecture, tmp_path, monkeypatch):
     whole = narrator.narrate
     monkeypatch.setattr(narrator, "narrate", lambda video, *rest: worked.append(video.name) or whole(video, *rest))
     (where / "captions.jsonl").unlink()
-    (where / "parts" / "b.mp4.json").write_text('{"half')
+    (where / "parts" / "b.mp4.jsonl").write_text('{"half')
     assert narrated("--videos", videos, "--out", where, "--workers", 1) == 0
     assert worked == ["b.mp4"]
     assert everything(where) == before

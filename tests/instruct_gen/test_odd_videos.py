@@ -215,10 +215,10 @@ from pathlib import Path
 from medllava.instruct_gen.narrator import narrate
 video, out = map(Path, sys.argv[1:])
 (out / "frames").mkdir(parents=True)
-result = narrate(video, video.with_suffix(".srt"), out)
+chunks = list(narrate(video, video.with_suffix(".srt"), out).records)
 # Not getrusage(): a process inherits the peak of the one that started it.
 peak = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1))
-print(len(result.narratives), peak // 1024)
+print(len(chunks), peak // 1024)
 """
 
 

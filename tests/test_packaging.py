@@ -36,6 +36,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(repository: Path, tmp_path
     assert top == {"medllava", f"medllava-{medllava.__version__}.dist-info"}
     modules = {path.relative_to(repository).as_posix() for path in (repository / "medllava").rglob("*.py")}
     assert modules <= set(names)
+    # What the web chat is made of: without one of these it starts and shows nothing.
+    serve = repository / "medllava" / "serve"
+    parts = [path for kind in ("*.html", "*.css", "*.js", "vendor/*") for path in serve.glob(kind)]
+    assert len(parts) >= 14
+    assert {path.relative_to(repository).as_posix() for path in parts} <= set(names)
 
 
 def test_folders_of_recipes_hold_no_code(repository: Path) -> None:

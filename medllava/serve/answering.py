@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from medllava.errors import ServiceError
 from medllava.geometry import format_box
 from medllava.images import draw_heat, load_image, to_data_uri
-from medllava.serve.client import Looked, Model, Worker, WorkerLost, WorkerState
+from medllava.serve.client import InLine, Looked, Model, Worker, WorkerLost, WorkerState
 from medllava.serve.session import Exchange, Looking, Session
 
 HEAT_SIDE = 640
@@ -110,10 +110,15 @@ class Workers:
                     async for piece in pieces:
                         if not exchange.waits():
                             return  # stopped meanwhile: a late piece must not write over it
-                        exchange.answer += piece
+                        if isinstance(piece, InLine):
+                            exchange.position = piece.position
+                        else:
+                            exchange.answer += piece
+                            exchange.position = 0
                         yield
                 exchange.state = "done"
             except WorkerLost as error:
+                exchange.position = 0
                 tried.add(chosen.url)
                 await self.refresh()
                 other = self._other(chosen, tried)

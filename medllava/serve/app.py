@@ -588,6 +588,7 @@ async def server_sent_events(news: News, piece: Piece | None, created: int, with
     def event(**fields: Any) -> str:
         return f"data: {json.dumps(chunk(news.call.id, created, news.call.model or '', **fields))}\n\n"
 
+    in_line = False
     try:
         for index in range(news.size):
             yield event(index=index, delta={"role": "assistant", "content": ""})
@@ -599,6 +600,9 @@ async def server_sent_events(news: News, piece: Piece | None, created: int, with
                     yield f": waiting, {position} in line\n\n{event(delta={'content': ''}, position=position)}"
                 else:
                     yield ": still at work\n\n"
+                    if in_line:
+                        yield event(delta={"content": ""}, position=0)
+                in_line = bool(position)
             else:
                 if piece.text or piece.logprobs:
                     noted = logprobs_of(piece.logprobs) if piece.logprobs else None

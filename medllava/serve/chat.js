@@ -1,6 +1,7 @@
 // The conversation of the web chat. What people and models wrote is untrusted: it only ever becomes text nodes, never
 // markup, so nothing in it runs or loads. Gradio runs this once with `element`, `props`, `trigger`, `watch`. Python sets:
-//   exchanges  [{picture, asked, typed, parts: [{text, index, colour}], answer, state, note, model, vote, looked}, ...]
+//   exchanges  [{picture, asked, typed, parts: [{text, index, colour}], answer, state, position, note, model, vote,
+//              looked}, ...]
 //   current    number of the exchange whose places are drawn on the image, or null
 //   busy, feedback    an answer is being made; votes are collected      pictures  how many there are
 //   flash      {count, index}: flash that place        download  {count, name, type, text or base64}: save that
@@ -128,7 +129,10 @@ function answer(bot, one, number) {
     if (part.index === null) written(bot, part.text);
     else bot.append(phrase(part, number));
   }
-  if (one.state === "answering" && !one.answer) bot.append("…");
+  if (one.state === "answering" && !one.answer) {
+    if (one.position) bot.append(make("em", "", `Waiting: ${one.position === 1 ? "next" : `number ${one.position}`} in line`));
+    else bot.append("…");
+  }
   if (one.state === "done" && !one.answer) bot.append(make("em", "", "(an empty answer)"));
   if (one.state === "stopped") bot.append(" ", make("em", "", "(stopped)"));
   if (one.note) {
@@ -194,7 +198,7 @@ function render() {
   exchanges.forEach((one, number) => {
     const last = number === exchanges.length - 1;
     const rest = JSON.stringify([one.asked, one.state, one.vote, one.many, last, props.current === number, one.looked]);
-    const json = rest + JSON.stringify([one.parts, one.note, one.model]);
+    const json = rest + JSON.stringify([one.parts, one.note, one.model, one.position]);
     const row = rows[number];
     if (row && row.json === json) return;
     if (row && row.rest === rest && one.state === "answering") {

@@ -58,6 +58,13 @@ class WorkerState:
     models: tuple[Model, ...] = ()
 
 
+@dataclass(frozen=True)
+class InLine:
+    """News of a question that waits for its answer: ``position`` 1 is next, 0 is no longer in line."""
+
+    position: int
+
+
 class WorkerLost(ServiceError):
     """The worker is not there, or not yet, or left in the middle of an answer: another one might answer."""
 
@@ -137,10 +144,11 @@ class Worker:
     async def ask(
         self, turns: Sequence[Turn], pictures: Mapping[int, str] = MappingProxyType({}), *, model: str | None = None,
         max_new_tokens: int = 256,
-    ) -> AsyncIterator[str]:
+    ) -> AsyncIterator[str | InLine]:
         """Stream the answer of ``model`` (by default the worker's first) to ``turns``; ``pictures`` are data URIs by
-        the number of the user turn they come with. Closing the iterator ends the request, on which the worker stops.
-        Raises ServiceError; WorkerLost where another worker might answer."""
+        the number of the user turn they come with. A worker that is busy tells the place in line before the first text.
+        Closing the iterator ends the request, on which the worker stops. Raises ServiceError; WorkerLost where another
+        worker might answer."""
         try:
             model = model or await self._model()
             stream = await self._client.chat.completions.create(
@@ -149,6 +157,9 @@ class Worker:
             )
             async with stream:
                 async for chunk in stream:
+                    told = (chunk.model_extra or {}).get("medllava")
+                    if isinstance(told, dict) and isinstance(told.get("position"), int):
+                        yield InLine(told["position"])
                     if chunk.choices and chunk.choices[0].delta.content:
                         yield chunk.choices[0].delta.content
         except openai.OpenAIError as error:

@@ -72,6 +72,7 @@ def exchange_of(one: Exchange, many: bool) -> dict[str, Any]:
     return {
         "picture": None if one.picture is None else one.picture + 1, "many": many, "typed": one.typed,
         "asked": one.asked, "answer": one.answer, "parts": parts_of(one), "state": one.state, "note": one.note,
+        "position": one.position,
         "model": one.model, "vote": one.vote,
         "looked": {"text": one.looked.text, "pictures": one.looked.pictures} if one.looked else None,
     }

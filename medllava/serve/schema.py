@@ -226,12 +226,12 @@ def chunk(
     position: int | None = None,
 ) -> dict[str, Any]:
     """One server-sent event of a streamed answer; a chunk with ``usage`` has no choices and comes last. ``position``:
-    the request's place in line, in a field of its own that other clients pass over."""
+    the request's place in line, 0 when it has left the line, in a field of its own that other clients pass over."""
     piece = {"index": index, "delta": delta or {}, "finish_reason": finish_reason, "logprobs": logprobs}
     return {
         "id": request_id, "object": "chat.completion.chunk", "created": created, "model": model,
         "choices": [] if usage else [piece], "usage": usage.model_dump() if usage else None,
-    } | ({"medllava": {"position": position}} if position else {})
+    } | ({"medllava": {"position": position}} if position is not None else {})
 
 
 def logprobs_of(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:

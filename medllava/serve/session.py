@@ -147,6 +147,8 @@ class Exchange:
     note: str = ""
     """What a person should know of how the answer came about: stopped, failed, moved to another worker."""
     model: str = ""
+    position: int = 0
+    """Place in the worker's line while it waits there; 0 otherwise."""
     worker: str = ""
     """URL of the worker that was asked, or asked last."""
     vote: Literal["up", "down"] | None = None

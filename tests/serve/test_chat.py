@@ -13,9 +13,12 @@ from axe_playwright_python.sync_playwright import Axe
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from medllava.images import load_image, to_data_uri
+from medllava.serve.app import Limits
+from medllava.serve.tiles import ShownSlide
+from medllava.slides import Slide
 
 Wait = Callable[..., None]
 Serve = Callable[..., str]
@@ -248,6 +251,28 @@ def test_workers_come_and_go_while_an_answer_streams(start_worker: Any, serve_pa
     expect(tab.locator("article[data-state=answering]")).to_have_count(1)
 
 
+def test_ones_place_in_line(
+    start_worker: Any, serve_page: Serve, tab: Page, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medllava.serve.app.FIRST_PIECE_S", 0.2)
+    monkeypatch.setattr("medllava.serve.app.HEARTBEAT_S", 0.2)
+    worker = start_worker(limits=Limits(max_batch=1))
+    address = serve_page(worker.url)
+    ahead = browser.new_page()
+    ahead.goto(address)
+    ahead.fill("#question textarea", "tell a long story")
+    ahead.click("#ask")
+    expect(answers(ahead)).to_contain_text("and then")
+    tab.goto(address)
+    tab.fill("#question textarea", "hello")
+    tab.click("#ask")
+    expect(answers(tab)).to_have_text("Waiting: next in line")
+    expect(tab.locator(".worker")).to_contain_text("1 waiting")
+    ahead.click("#stop")
+    expect(answers(tab)).to_have_text("A gland. [0.10, 0.20, 0.40, 0.60]")
+    ahead.close()
+
+
 def test_a_lost_worker_is_replaced_before_the_first_word(start_worker: Any, serve_page: Serve, tab: Page) -> None:
     first, second = start_worker(), start_worker()
     second.answerer.model_id = "second"
@@ -364,6 +389,21 @@ def test_accessible_in_every_state(
         assert focus != "none" or not inside, tab.evaluate("document.activeElement.outerHTML.slice(0, 200)")
     assert {"Copy all", "New conversation", "Picture 1", "Ask", "Front", "example 1", "small retry"} <= reached
     assert any(str(name).startswith("A gland.") for name in reached)
+
+
+def test_accessible_with_a_slide(
+    worker: Any, serve_page: Serve, tab: Page, gigapixel: Any
+) -> None:
+    tab.goto(serve_page(worker.url, slides=[ShownSlide(Slide(gigapixel.path), 0)]))
+    tab.click("#slides button")
+    expect(tab.locator("#viewer .marks[data-ready=yes]")).to_be_attached()
+    ask(tab, "Where is the gland?", 1)
+    tab.focus("#viewer .deep .openseadragon-canvas")
+    tab.keyboard.press("Enter")  # a region is being placed
+    tab.click("#viewer .help summary")
+    assert serious(tab) == []
+    tab.set_viewport_size({"width": 820, "height": 1180})
+    assert serious(tab) == []
 
 
 def test_gradio_client_asks(worker: Any, serve_page: Serve, tissue: Path) -> None:

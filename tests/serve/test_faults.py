@@ -279,7 +279,7 @@ def test_a_client_of_five_seconds_patience_gets_its_slow_answer(worker: Any) -> 
         ))
         assert "still at work" in slow.result().text and slow.result().text.rstrip().endswith("[DONE]")
     places = [chunk.model_extra["medllava"]["position"] for chunk in behind if "medllava" in (chunk.model_extra or {})]
-    assert places and set(places) == {1}
+    assert places[0] == 1 and set(places) <= {0, 1}
     assert "".join(chunk.choices[0].delta.content or "" for chunk in behind).startswith("A gland")
 
 

@@ -385,6 +385,24 @@ def test_tiles_by_number_only(worker: Any, serve_page: Serve, slides: list[Shown
     assert library.status_code == 200 and "openseadragon 6.1.1" in library.text[:200]
 
 
+def test_a_slide_behind_a_proxy_that_serves_it_under_a_path(
+    worker: Any, serve_page: Serve, tab: Page, slides: list[ShownSlide], proxy: Callable[[str], str]
+) -> None:
+    address = proxy(serve_page(worker.url, slides=slides, root_path="/chat"))
+    got: list[tuple[int, str]] = []
+    tab.on("response", lambda response: got.append((response.status, response.url)))
+    tab.goto(f"{address}/chat/")
+    tab.click("#slides button")
+    ready(tab)
+    ask(tab, "Where is the gland?")
+    expect(tab.locator("#chat .phrase")).to_have_count(1)
+    tiles = [(status, url) for status, url in got if "/slides/" in url]
+    assert len(tiles) > 4
+    assert all(status == 200 and url.startswith(f"{address}/chat/medllava/slides/0/") for status, url in tiles)
+    assert all(url.startswith((f"{address}/chat", "data:")) for _, url in got if not url.endswith("/favicon.ico"))
+    tab.goto("about:blank")  # before the proxy ends and breaks off what the page listens to
+
+
 def test_nobody_sees_a_slide_before_the_login(
     worker: Any, slides: list[ShownSlide], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

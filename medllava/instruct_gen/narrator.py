@@ -7,6 +7,7 @@ video, so paths, boxes and records are made then, one chunk's at a time.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections import Counter
@@ -48,6 +49,9 @@ from medllava.jsonl import atomic_write
 WINDOW = 160
 """Most frames worked on at once (20 s at eight a second)."""
 
+LONG_TALK = 400
+"""Utterances (some 20 minutes' talk) from which on it is worth 20 ms to give back what reading them took."""
+
 RESTING = 0.5
 """Confidence of places that are inferred from where the cursor came to rest."""
 
@@ -85,21 +89,26 @@ class Result:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Said:
-    """An utterance as JSON, a fifth of the record's memory: thousands of timed words wait for the video's end."""
+class _Speech:
+    """A video's utterances, waiting for its end as JSON in one piece: as records, an hour's timed words would take six
+    times the memory, and be scattered over ten times."""
 
-    start_s: float
-    end_s: float
-    line: bytes
+    def __init__(self, utterances: Sequence[Utterance]) -> None:
+        lines = [utterance.model_dump_json().encode() for utterance in utterances]
+        self._lines = b"".join(lines)
+        self._bounds = np.cumsum([0, *map(len, lines)])
+        self._start_s = np.array([utterance.start_s for utterance in utterances])
+        self._end_s = np.array([utterance.end_s for utterance in utterances])
 
-    @classmethod
-    def of(cls, utterance: Utterance) -> _Said:
-        return cls(utterance.start_s, utterance.end_s, utterance.model_dump_json().encode())
+    def during(self, chunk: _Chunk) -> list[Utterance]:
+        """The utterances of which at least a half was said during ``chunk``."""
+        overlap = np.minimum(self._end_s, chunk.end_s) - np.maximum(self._start_s, chunk.start_s)
+        said = np.flatnonzero(np.maximum(0.0, overlap) >= 0.5 * (self._end_s - self._start_s))
+        return [self._read(number) for number in said.tolist()]
 
-    @property
-    def utterance(self) -> Utterance:
-        return Utterance.model_validate(json.loads(self.line))
+    def _read(self, number: int) -> Utterance:
+        line = self._lines[self._bounds[number] : self._bounds[number + 1]]
+        return Utterance.model_validate(json.loads(line))
 
 
 @dataclass
@@ -164,8 +173,12 @@ def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULT
     spoken = read_transcript(transcript, reader.video.duration_s)
     utterances, silent = heard(video, spoken.utterances)
     remarks = [*spoken.warnings, *silent]
-    waiting = [_Said.of(utterance) for utterance in utterances]
+    speech = _Speech(utterances)
+    talk = len(utterances)
     del spoken, utterances
+    if talk >= LONG_TALK:
+        # The interpreter's own lists of free objects pin the memory of all those words until a full collection.
+        gc.collect()
     finder = SpotFinder()
     judge = _Judge(load_filter(options.frame_filter, options.frame_prompts))
     chunks: list[_Chunk] = []
@@ -185,7 +198,7 @@ def narrate(video: Path, transcript: Path, out: Path, options: Options = DEFAULT
     if not chunks:
         remarks.append(f"{video}: nothing in it holds still for {SHORTEST_S:g} s and shows histology")
     no_box: Counter[str] = Counter()
-    records = _records(chunks, waiting, finder, reader, options, no_box)
+    records = _records(chunks, speech, finder, reader, options, no_box)
     return Result(probed, records, no_box, +judge.left_out, tuple(remarks))
 
 
@@ -257,7 +270,7 @@ def _measure(
 
 
 def _records(
-    chunks: Sequence[_Chunk], waiting: Sequence[_Said], finder: SpotFinder, reader: VideoReader, options: Options,
+    chunks: Sequence[_Chunk], speech: _Speech, finder: SpotFinder, reader: VideoReader, options: Options,
     no_box: Counter[str],
 ) -> Iterator[tuple[Narrative, GroundedCaption | None]]:
     """Each chunk's records; reasons for phrases without a box are counted into ``no_box``."""
@@ -265,7 +278,7 @@ def _records(
     offset = hot_spot(finder.patches.items, appearance) if appearance is not None else np.zeros(2, np.float32)
     for number, chunk in enumerate(chunks):
         trace = _trace(chunk, finder, appearance, offset, reader)
-        said = [one.utterance for one in waiting if _overlap(one, chunk) >= 0.5 * (one.end_s - one.start_s)]
+        said = speech.during(chunk)
         common: dict[str, Any] = {
             "id": f"{reader.path.stem}-{number:03d}", "video": reader.video.name, "image": chunk.image,
             "crop_px": chunk.crop,
@@ -312,8 +325,4 @@ def _trace(
                 )
             )
     return trace
-
-
-def _overlap(utterance: _Said, chunk: _Chunk) -> float:
-    return max(0.0, min(utterance.end_s, chunk.end_s) - max(utterance.start_s, chunk.start_s))
 

@@ -24,7 +24,9 @@ def read_whisper(path: Path, text: str, faults: Faults) -> list[Spoken]:
     if not isinstance(segments, list):
         raise DataError(f"{path}: {EXPECTED}")
     found: list[Spoken] = []
-    for number, segment in enumerate(segments):
+    for number in range(len(segments)):
+        # Each is let go of once it is read: all of them beside all that is made of them would take twice the memory.
+        segment, segments[number] = segments[number], None
         place = f": segment {number}"
         try:
             start_s, end_s = float(segment["start"]), float(segment["end"])

@@ -11,9 +11,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import medllava
 from medllava.__main__ import COMMANDS
+from medllava.doctor import read_requirements
+from medllava.model import TRANSFORMERS
 
 FOLDERS = ("instruct_gen", "train", "serve", "eval")
 """Where a person runs and edits a stage; none of it is code."""
@@ -118,6 +121,22 @@ def test_every_module_can_be_imported(repository: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, *names], cwd=repository, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def test_a_version_of_transformers_that_is_not_supported_is_told_in_one_line(repository: Path, tmp_path: Path) -> None:
+    (line,) = [line for line in read_requirements()[""] if line.startswith("transformers")]
+    assert SpecifierSet(line.removeprefix("transformers")) == TRANSFORMERS
+    (tmp_path / "transformers-4.37.2.dist-info").mkdir()
+    (tmp_path / "transformers-4.37.2.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 4.37.2\n")
+    said = []
+    for path in ([str(tmp_path)], []):
+        script = f"import sys; sys.path[:0] = {path!r}; import medllava.model"
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=True
+        )
+        said.append(done.stderr)
+    assert said[0].startswith("transformers 4.37.2 is not supported; mend it with: pip install 'transformers")
+    assert (said[0].count("\n"), said[1]) == (1, "")
 
 
 @pytest.mark.parametrize("package", ["medllava", "llm", "instruct_gen", "phantom", "serve.web", "serve.client", "demo"])

@@ -39,6 +39,9 @@ from medllava.model.pixels import image_side, padding_of
 from medllava.model.prompt import TEMPLATES
 
 log = logging.getLogger(__name__)
+# PEFT imports it where it is there, 4 bits or not. It says of each layer, each time, to which precision it converts, and
+# that faster kernels could be fetched.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 PROJECTOR_FILE = "projector.safetensors"
 TOWER_FILE = "vision_tower.safetensors"
@@ -442,8 +445,6 @@ def _quantization(dtype: torch.dtype, *, load_4bit: bool, load_8bit: bool) -> An
         return None
     if load_4bit and load_8bit:
         raise CheckpointError("choose one of 4-bit and 8-bit loading")
-    # It says of each layer, each time, to which precision it converts, and that faster kernels could be fetched.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
@@ -462,8 +463,10 @@ def _attention(device: str, dtype: torch.dtype) -> str:
     if device.startswith("cuda") and dtype != torch.float32:
         try:
             import flash_attn  # noqa: F401
+        except ModuleNotFoundError:
+            log.info("flash-attn is not installed; using PyTorch's own attention")
         except (ImportError, OSError, RuntimeError) as error:
-            log.info("flash-attn is not usable (%s); using PyTorch's own attention", error)
+            log.warning("flash-attn is installed and broken (%s); using PyTorch's own attention", error)
         else:
             return "flash_attention_2"
     return "sdpa"

@@ -54,11 +54,11 @@ def supervised(tokenizer: Any, labels: list[int]) -> list[str]:
 
 
 ENDS = {
-    "llama3": "<|eot_id|>", "llama31": "<|eot_id|>", "mistral": "</s>", "mistral_v3": "</s>", "qwen25": "<|im_end|>",
-    "qwen3": "<|im_end|>", "phi3": "<|end|>", "gemma2": "<end_of_turn>", "zephyr": "</s>",
+    "llama2": " </s>", "llama3": "<|eot_id|>", "llama31": "<|eot_id|>", "mistral": "</s>", "mistral_v3": "</s>",
+    "qwen25": "<|im_end|>", "qwen3": "<|im_end|>", "phi3": "<|end|>", "gemma2": "<end_of_turn>", "zephyr": "</s>",
     "marked_chatml": "<|im_end|>", "parts": "<|im_end|>",
 }
-LEADS = {"mistral_v3": " ", "zephyr": "\n", "marked_chatml": "<think>\n\n</think>\n\n"}
+LEADS = {"llama2": " ", "mistral_v3": " ", "zephyr": "\n", "marked_chatml": "<think>\n\n</think>\n\n"}
 
 
 def test_every_template_is_tried() -> None:
@@ -79,7 +79,7 @@ def test_answers_and_their_end_tokens_are_supervised(tokenizer: Any, name: str, 
         question = made.question(turns[:number])
         assert prompt.input_ids[: len(question)] == question
         assert prompt.labels[len(question)] != IGNORE
-    assert made.end_token_id == tokenizer.convert_tokens_to_ids(ENDS[name])
+    assert made.end_token_id == tokenizer.convert_tokens_to_ids(ENDS[name].strip())
 
 
 def test_a_last_answer_with_an_empty_thought_is_learned_without_it(tokenizer: Any) -> None:

@@ -101,8 +101,9 @@ def lay_out(
     """Micro-batches of rows of samples for one process, from the samples of a step (numbered as in ``lengths``).
 
     Every process gets as many micro-batches, and each of these as many rows, so that none waits for another for ever;
-    where samples are too few, a row stays empty. ``row_length``: put samples that together take at most so many tokens
-    into one row; without it, each has its own.
+    where samples are too few, a row stays empty. ``row_length``: pack samples into rows of at most so many tokens,
+    which levels the work of processes and pieces, and join a micro-batch's rows into one, so that none is padded to
+    the longest; without it, each sample has its own row.
     """
     pieces = min(accumulate, math.ceil(len(lengths) / processes))
     if row_length is None:
@@ -114,7 +115,8 @@ def lay_out(
         rows.sort(key=lambda row: -sum(lengths[number] for number in row))
     mine = rows[rank::processes]
     size = math.ceil(len(mine) / pieces)
-    return [mine[start : start + size] for start in range(0, len(mine), size)]
+    parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+    return parts if row_length is None else [[[number for row in rows for number in row]] for rows in parts]
 
 
 def pack(lengths: Sequence[int], row_length: int, *, multiple: int = 1) -> list[list[int]]:

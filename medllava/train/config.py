@@ -164,9 +164,9 @@ class TuneRecipe(_Stage):
         (``int8``) through bitsandbytes (QLoRA; Dettmers et al. 2023). Vision tower, projector and output head stay as
         they are; what is trained is float32.
     max_length: tokens, pictures included; whole trailing exchanges are dropped from longer samples.
-    length_grouping: samples of like length share a batch. packing: short samples share rows of at most ``max_length``
-        tokens, and none sees another; a step has the same ``batch_size`` samples and learns the same, with less padding
-        (and without grouping by length).
+    length_grouping: samples of like length share a batch. packing: the samples of a micro-batch share one row,
+        and none sees another; a step has the same ``batch_size`` samples and learns the same, without padding (and
+        without grouping by length).
     cache_features: keep the frozen encoder's output instead of computing it every time: in memory (``true``; ``auto``:
         if it fits in ``cache_limit_gb``, in each process) or on ``disk`` (``--feature-cache``).
     precision: ``auto`` is bfloat16 on CUDA, else float32. Trained weights are always float32.

@@ -7,6 +7,7 @@ can start from cached encoder features, and applies the output head only where a
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from medllava.errors import ConfigError, MissingExtraError
 from medllava.train.batch import Batch
 
 log = logging.getLogger(__name__)
+
+APART = "medllava_apart"
+"""Name of :func:`attend_apart`'s attention in transformers' interface."""
 
 
 class VisionLanguageLoss(nn.Module):
@@ -59,14 +63,57 @@ def hidden_states(model: Any, embeds: torch.Tensor, position_ids: torch.Tensor |
     """(rows, length, width) of the language model's last layer.
 
     ``position_ids`` that start anew within a row keep its samples apart. That holds only without any attention mask
-    and without a cache; FlashAttention also wants all rows in one.
+    and without a cache; FlashAttention and :func:`attend_apart` also want all rows in one.
     """
     language = model.model.language_model
+    attention = str(language.config._attn_implementation)
     rows, positions = embeds, position_ids
-    if positions is not None and "flash" in str(language.config._attn_implementation):
+    told: dict[str, Any] = {}
+    if positions is not None and ("flash" in attention or attention == APART):
         rows, positions = embeds.flatten(0, 1)[None], positions.flatten()[None]
-    hidden: torch.Tensor = language(inputs_embeds=rows, position_ids=positions, use_cache=False).last_hidden_state
+        if attention == APART:
+            starts = (positions[0] == 0).nonzero()[:, 0].tolist()
+            ends = [*starts[1:], positions.shape[1]]
+            # A tensor, and on the CPU: compiled layers take any number of samples, and no layer waits for the GPU.
+            told["sample_lengths"] = torch.tensor([end - start for start, end in zip(starts, ends, strict=True)])
+            # Anything with four axes is taken for a finished mask, so that none of length x length is made.
+            told["attention_mask"] = rows.new_empty(1, 1, 1, 1)
+    hidden: torch.Tensor = language(
+        inputs_embeds=rows, position_ids=positions, use_cache=False, **told
+    ).last_hidden_state
     return hidden.view_as(embeds)
+
+
+def attend_apart(model: Any) -> None:
+    """Where PyTorch's own attention is in use, compute it for each sample of a packed row by itself: the same result
+    as under a mask over the whole row, without the pairs of tokens that the mask throws away. Other attention is left
+    as it is; FlashAttention does the same by itself."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    config = model.model.language_model.config
+    if config._attn_implementation == "sdpa":
+        AttentionInterface.register(APART, _attention_apart)
+        AttentionMaskInterface.register(APART, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        config._attn_implementation = APART
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop would be compiled anew for each number of samples
+def _attention_apart(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    sample_lengths: torch.Tensor | None = None, **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of transformers' interface; ``sample_lengths`` of the one row's samples, or stock attention."""
+    from transformers.integrations import sdpa_attention
+
+    stock: Callable[..., tuple[torch.Tensor, None]] = sdpa_attention.sdpa_attention_forward
+    if sample_lengths is None:
+        return stock(module, query, key, value, attention_mask, **options)
+    # split, as its gradient is one concatenation; that of a slice would be as long as the row.
+    lengths = sample_lengths.tolist()
+    parts = zip(*(torch.split(each, lengths, dim=2) for each in (query, key, value)), strict=True)
+    found = [stock(module, *part, None, **options)[0] for part in parts]
+    return torch.cat(found, dim=1), None
 
 
 @torch.no_grad()

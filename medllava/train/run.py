@@ -59,7 +59,7 @@ from medllava.train.dataset import (
     split_exchanges,
 )
 from medllava.train.features import FeatureStore, encoder_key
-from medllava.train.forward import VisionLanguageLoss, check_packing, speed_up, vision_features
+from medllava.train.forward import VisionLanguageLoss, attend_apart, check_packing, speed_up, vision_features
 from medllava.train.loop import Group, Pace, fit
 from medllava.train.plan import machine, plan_text
 from medllava.train.plots import LOG_FILE, check_wandb
@@ -434,6 +434,7 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
 
     module = VisionLanguageLoss(model)
     if recipe.packing:
+        attend_apart(model)
         check_packing(model)
     speed_up(model, liger=recipe.liger, compile_layers=recipe.compile)
     saves = Saves(paths.out, keep=recipe.keep, write=write, main=accelerator.is_main_process)

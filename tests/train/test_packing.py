@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from medllava.model.tiny import TextSizes, tiny_model
 from medllava.train import forward
 from medllava.train.batch import Example, collate, lay_out, pack
 from medllava.train.dataset import Examples, Order, Pictures, micro_batches, useful_share
-from medllava.train.forward import VisionLanguageLoss, check_packing, embeddings, hidden_states
+from medllava.train.forward import APART, VisionLanguageLoss, attend_apart, check_packing, embeddings, hidden_states
 
 WORDS = ["gland", "vessel", "stroma", "keratin", "upper", "lower", "left", "right", "where", "is", "the", "and"]
 
@@ -29,6 +30,17 @@ WORDS = ["gland", "vessel", "stroma", "keratin", "upper", "lower", "left", "righ
 def loaded() -> Any:
     model, processor = tiny_model([" ".join(WORDS)], text=TextSizes(hidden_size=64, layers=2))
     return model, processor
+
+
+@pytest.fixture(params=["sdpa", "apart"])
+def attention(request: pytest.FixtureRequest, loaded: Any) -> Iterator[str]:
+    """PyTorch's attention under a mask over the whole row, and for each sample by itself."""
+    model, _ = loaded
+    if request.param == "apart":
+        attend_apart(model)
+        assert model.model.language_model.config._attn_implementation == APART
+    yield request.param
+    model.model.language_model.config._attn_implementation = "sdpa"
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +101,14 @@ def losses_of_samples(model: Any, batches: list[Any]) -> dict[str, float]:
     return found
 
 
+@pytest.mark.usefixtures("attention")
 def test_each_samples_loss_is_the_same_packed_and_apart(loaded: Any, samples: Any, examples: Examples) -> None:
     model, _ = loaded
     apart = step(loaded, samples, examples)
     packed = step(loaded, samples, examples, row_length=400)
     assert apart[0].position_ids is None
     assert packed[0].position_ids is not None
-    assert packed[0].input_ids.shape[0] < apart[0].input_ids.shape[0] / 2
+    assert packed[0].input_ids.shape == (1, sum(examples.lengths))
     assert packed[0].weight == apart[0].weight
     with torch.no_grad():
         before, after = losses_of_samples(model, apart), losses_of_samples(model, packed)
@@ -103,6 +116,7 @@ def test_each_samples_loss_is_the_same_packed_and_apart(loaded: Any, samples: An
     assert max(abs(before[name] - after[name]) for name in before) < 1e-5 * max(before.values())
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_gradients_are_the_same_packed_and_apart(
     loaded: Any, samples: Any, examples: Examples, accumulate: int
@@ -125,10 +139,15 @@ def test_gradients_are_the_same_packed_and_apart(
     assert worst < 1e-4 * max(1.0, max(float(gradient.abs().max()) for gradient in found[0].values()))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_changed_sample_changes_no_other(loaded: Any, samples: Any, examples: Examples, attention: str) -> None:
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_changed_sample_changes_no_other(
+    loaded: Any, samples: Any, examples: Examples, attention: str, eager: bool
+) -> None:
     model, _ = loaded
-    model.set_attn_implementation(attention)
+    if eager and attention == "apart":
+        pytest.skip("one or the other")
+    if eager:
+        model.set_attn_implementation("eager")
     packed = step(loaded, samples, examples, row_length=400)
     with torch.no_grad():
         before = losses_of_samples(model, packed)
@@ -157,6 +176,29 @@ def test_the_guard_notices_samples_that_see_one_another(loaded: Any, monkeypatch
     monkeypatch.setattr(forward, "hidden_states", lambda model, embeds, positions: real(model, embeds, None))
     with pytest.raises(ConfigError, match="see one another.*set packing to false"):
         check_packing(model)
+
+
+@pytest.mark.usefixtures("attention")
+def test_attention_apart_holds_for_rows_with_padding_and_is_stock_elsewhere(loaded: Any) -> None:
+    model, _ = loaded
+    check_packing(model)
+    lengths = ((5, 9), (3, 1, 4))
+    rows = [[Example(f"{length}", torch.arange(length) + 20, torch.arange(length) + 20, ()) for length in row]
+            for row in lengths]
+    batch = collate(rows, pad_id=0, image_token_id=1)
+    with torch.no_grad():
+        hidden = hidden_states(model, embeddings(model, batch), batch.position_ids)
+        alone = [
+            hidden_states(model, embeddings(model, collate([[each]], pad_id=0, image_token_id=1)), None)[0]
+            for row in rows for each in row
+        ]
+        ids = torch.tensor([[0, 0, 21, 22], [23, 24, 25, 26]])
+        left = [model(input_ids=ids, attention_mask=(ids > 0).long()).logits]
+        model.model.language_model.config._attn_implementation = "sdpa"
+        left.append(model(input_ids=ids, attention_mask=(ids > 0).long()).logits)
+    assert torch.allclose(torch.cat([hidden[0], hidden[1, :8]]), torch.cat(alone), atol=1e-5)
+    assert torch.equal(left[0][1], left[1][1])
+    assert torch.equal(left[0][0, 2:], left[1][0, 2:])
 
 
 def test_no_sample_predicts_the_next_ones_first_token() -> None:
@@ -208,7 +250,7 @@ def test_packing_computes_fewer_useless_tokens() -> None:
     lengths = tuple(min(2048, int(rng.lognormvariate(6.2, 0.5))) for _ in range(2000))
     plain, grouped = Order(2000, 64, seed=0), Order(2000, 64, seed=0, lengths=lengths)
     packed = useful_share(plain, lengths, accumulate=4, row_length=2048)
-    assert packed > 0.95
+    assert packed == 1.0
     assert useful_share(plain, lengths, accumulate=4) < 0.6
     # Grouping by length pads as little, but at the price of batches that are not drawn at random.
     assert useful_share(grouped, lengths, accumulate=4) > 0.9

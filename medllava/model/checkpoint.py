@@ -39,8 +39,8 @@ from medllava.model.pixels import image_side, padding_of
 from medllava.model.prompt import TEMPLATES
 
 log = logging.getLogger(__name__)
-# PEFT imports it where it is there, 4 bits or not. It says of each layer, each time, to which precision it converts, and
-# that faster kernels could be fetched.
+# PEFT imports it where it is there, 4 bits or not. It says of each layer, each time, to which precision it converts,
+# and that faster kernels could be fetched.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 PROJECTOR_FILE = "projector.safetensors"

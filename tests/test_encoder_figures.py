@@ -110,7 +110,7 @@ def test_mistakes_are_told(folder: Path, tmp_path: Path) -> None:
     clip = folder / "clip"
     with pytest.raises(ConfigError, match="needs --train"):
         figures(clip, folder, "linear-probe")
-    with pytest.raises(DataError, match="pictures are in --train and in --data"):
+    with pytest.raises(DataError, match="pictures are learnt from and tested"):
         figures(clip, folder, "linear-probe", "--train", str(folder / "test"))
     (tmp_path / "prompts.yaml").write_text("names: {liver: [a liver]}")
     with pytest.raises(ConfigError, match="names of 'liver', but --data has no such class"):

@@ -9,10 +9,10 @@ Classes are folders of pictures, one for each class; pairs are what stage contra
 folders) as eval/benchmarks/encoder/NAME.yaml says and gives all three.
 
 Examples:
-  python -m medllava.eval encoder --model-path stage0 --benchmark nct_crc_he --images data/nct --out nct.json
-  python -m medllava.eval encoder --model-path stage0 --task zero-shot --data tissue/test --out zero-shot.json
-  python -m medllava.eval encoder --model-path stage0 --task linear-probe --train tissue/train --data tissue/test
-  python -m medllava.eval encoder --model-path stage0 --task retrieval --data shards
+  python -m medllava.eval encoder --model-path my-clip --benchmark nct_crc_he --images data/nct --out nct.json
+  python -m medllava.eval encoder --model-path my-clip --task zero-shot --data tissue/test --out zero-shot.json
+  python -m medllava.eval encoder --model-path my-clip --task linear-probe --train tissue/train --data tissue/test
+  python -m medllava.eval encoder --model-path my-clip --task retrieval --data shards
 """
 
 from __future__ import annotations
@@ -201,12 +201,12 @@ def linear_probe(
 
     wanted, known = [pair.texts[0] for pair in pairs], [pair.texts[0] for pair in training]
     if strange := sorted(set(wanted) - set(known)):
-        raise DataError(f"--train has no pictures of class {strange[0]!r}, which --data has")
+        raise DataError(f"no pictures of class {strange[0]!r} to learn from, which is tested")
     if few := [name for name, count in Counter(known).items() if count < 5]:
-        raise DataError(f"--train: fewer than 5 pictures of class {few[0]!r}")
+        raise DataError(f"fewer than 5 pictures of class {few[0]!r} to learn from")
     both = {pair.where[0].resolve() for pair in training} & {pair.where[0].resolve() for pair in pairs}
     if both:
-        raise DataError(f"{len(both)} pictures are in --train and in --data ({sorted(both)[0]}); hold them apart")
+        raise DataError(f"{len(both)} pictures are learnt from and tested ({sorted(both)[0]}); hold them apart")
     features = _embed(encoder.pool_images, training, batch_size)
 
     def fitted(rows: NDArray[Any], labels: Sequence[str], strength: float) -> Any:

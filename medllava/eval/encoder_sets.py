@@ -38,7 +38,8 @@ class LabelTable(Recipe):
 
 class EncoderSet(Recipe):
     """What is where, below the folder that is given. ``classes``: folder, label or number -> its names in sentences,
-    all folders if empty. ``share``: of a set without a split, the part that is held out for testing, by name."""
+    all folders if empty. ``share``: of a set without a split, the part that is held out for testing, by name; beside
+    ``train``, for data that has neither its folder nor that of ``test``."""
 
     name: str
     about: str = ""
@@ -55,8 +56,8 @@ class EncoderSet(Recipe):
 
     @model_validator(mode="after")
     def _fits(self) -> EncoderSet:
-        if (self.train is None) == (self.share is None):
-            raise ValueError("give 'train', or 'share' where there is no split, and not both")
+        if self.train is None and self.share is None:
+            raise ValueError("give 'train', or 'share' where there is no split")
         if self.table and not self.classes:
             raise ValueError("a table needs 'classes'")
         return self
@@ -93,12 +94,13 @@ def read_set(definition: EncoderSet, root: Path) -> Labelled:
     """The set below ``root``. Raises DataError where files or classes are missing."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {definition.name} is had from {definition.source or 'you'}")
-    if definition.share is not None:
-        every = list(_folders(definition, root, definition.test))
+    split_there = definition.train and any((root / each).is_dir() for each in (definition.train, definition.test))
+    if definition.share is not None and not split_there:
+        every = list(_folders(definition, root, "**" if definition.train else definition.test))
         _all_there(definition, every, root)
         held = [pair for pair in every if _drawn(pair.name) < definition.share]
         learnt = [pair for pair in every if _drawn(pair.name) >= definition.share]
-        return Labelled(learnt, held, f"folders; {definition.share:.0%} held out by name, no published split")
+        return Labelled(learnt, held, f"folders; {definition.share:.0%} held out by name, since there is no split")
     parts, layout = [], ""
     for split in (definition.train, definition.test):
         assert split is not None
@@ -119,7 +121,7 @@ def _all_there(definition: EncoderSet, pairs: Iterable[ImageText], where: Path) 
     missing = [name for name in wanted if name not in found]
     if missing or len(found) < 2:
         what = f"no pictures of class {missing[0]!r}" if missing else "fewer than two classes with pictures"
-        raise DataError(f"{where}: {what}; the layout of {definition.name} is described in its definition")
+        raise DataError(f"{where}: {what}; eval/benchmarks/encoder/{definition.name}.yaml says what lies where")
 
 
 def _drawn(name: str) -> float:
@@ -130,7 +132,7 @@ def _drawn(name: str) -> float:
 def _folders(definition: EncoderSet, root: Path, split: str) -> Iterator[ImageText]:
     base = root if split == "**" else root / split
     if not base.is_dir():
-        raise DataError(f"{base}: no such folder; the layout of {definition.name} is described in its definition")
+        raise DataError(f"{base}: no such folder; eval/benchmarks/encoder/{definition.name}.yaml says what lies where")
     inner = base.rglob("*") if split == "**" else base.iterdir()
     for folder in sorted(path for path in inner if path.is_dir()):
         if definition.classes and folder.name not in definition.classes:
@@ -146,7 +148,7 @@ def _rows(definition: EncoderSet, table: LabelTable, root: Path, split: str) -> 
     if not file.is_file() and file.with_suffix(".csv").is_file():
         file = file.with_suffix(".csv")
     if not file.is_file():
-        raise DataError(f"{file}: no such file; the layout of {definition.name} is described in its definition")
+        raise DataError(f"{file}: no such file; eval/benchmarks/encoder/{definition.name}.yaml says what lies where")
     for number, row in enumerate(_sheet(file) if file.suffix == ".xlsx" else _csv(file), start=2):
         try:
             if table.split and row[table.split] != split:

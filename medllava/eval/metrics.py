@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from medllava.errors import DataError
 from medllava.eval.records import Answer, Bin, Calibration, Condition, Failure, Metric, Question, Report, Verdict
-from medllava.eval.rotation import applies, as_asked, steps
+from medllava.eval.rotation import MOST_ORDERS, applies, as_asked, steps
 from medllava.eval.vqa import METRICS, abstains, grade, metrics_of, reference, split_option
 from medllava.geometry import QUADRANTS, Box
 
@@ -306,7 +306,7 @@ def _rotation(rows: Sequence[Row], seed: int) -> tuple[dict[str, Metric], dict[s
         if not applies(question, "rotated_1"):
             continue
         scores = [row.scores["closed_accuracy"] for row in orders if row.scores is not None]
-        if len(scores) < len(question.choices):
+        if len(scores) < min(len(question.choices), MOST_ORDERS):
             missing += 1
             continue
         options = [split_option(row.read) if row.read else None for row in orders]

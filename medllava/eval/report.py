@@ -234,6 +234,7 @@ def _as_html(
     from medllava.eval.chart import LABELS, calibration_chart, category_chart
     from medllava.eval.gallery import SIDE, as_script, items, small_pictures
     from medllava.eval.judge_pairs import METRICS as PAIRS
+    from medllava.eval.metrics import BLIND
     from medllava.eval.vqa import METRICS
 
     real = [row for row in rows if row.condition == "real"]
@@ -250,7 +251,7 @@ def _as_html(
         answers=len(shown), side=SIDE, with_picture=len(pictures), of_pictures=len(names), limit_mb=gallery_mb,
         boxes=any("box" in item or "answered" in item for item in shown),
         items=as_script(shown), pictures=as_script(pictures), labels_script=as_script(LABELS),
-        provenance=_flat(report.provenance),
+        provenance=_flat(report.provenance), blind=BLIND,
     ))
 
 

@@ -16,7 +16,11 @@ from medllava.eval.score import configure_bertscore
 
 HELP = "compute the scores again from saved answers; no model needed"
 
-COMPARED = ("metrics", "ablations", "visual_gain", "unclear")
+COMPARED = (
+    "metrics", "ablations", "visual_gain", "baselines", "unclear", "answer_words", "abstention", "rotation", "letters",
+    "by_category", "calibration",
+)
+"""Parts of a report that are compared, as far as it has them: an older one may lack some."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +36,8 @@ def _same(before: Any, now: Any) -> bool:
     """Equal but for the last digits, in which machines and versions of the numerics library differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         return before.keys() == now.keys() and all(_same(before[key], now[key]) for key in now)
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(map(_same, before, now))
     if isinstance(before, float) and isinstance(now, float):
         return math.isclose(before, now, rel_tol=1e-9, abs_tol=1e-12)
     return bool(before == now)
@@ -39,6 +45,7 @@ def _same(before: Any, now: Any) -> bool:
 
 def run(arguments: argparse.Namespace) -> int:
     from medllava.eval.score import as_text, score_files
+    from medllava.eval.vqa import METRICS
     from medllava.jsonl import read_json, write_json
 
     bert = (arguments.bertscore_model, arguments.bertscore_layer) if arguments.bertscore_model else None
@@ -48,8 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
         write_json(arguments.out, rows)
     print(as_text(report))
     if arguments.against:
-        before = read_json(arguments.against)
-        different = [key for key in COMPARED if not _same(before.get(key), rows[key])]
+        before = dict(read_json(arguments.against))
+        # What a judge gave is in its own file; without a call nobody can tell it again.
+        before["metrics"] = {name: value for name, value in before.get("metrics", {}).items() if name in METRICS}
+        different = [key for key in COMPARED if key in before and not _same(before[key], rows[key])]
         if different:
             raise DataError(f"{arguments.against}: {', '.join(different)} differ from what the answers give now")
         print(f"\nthe same scores as {arguments.against}")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from medllava.eval.records import Condition, Question
 from medllava.eval.vqa import split_option
+
+MOST_ORDERS = 1 + sum(name.startswith("rotated_") for name in get_args(Condition))
+"""Orders of the options that are asked, the published one among them; of more options, not every order is."""
 
 
 def steps(condition: Condition) -> int:

@@ -97,6 +97,8 @@ def score_files(
     from medllava.jsonl import read_records
     from medllava.model.manifest import current_versions
 
+    if not answers.is_file():
+        raise DataError(f"{answers}: no such answers file; `medllava eval answer` writes answers.jsonl")
     source = questions or answers.parent / "questions.jsonl"
     if not source.exists():
         raise DataError(f"{source}: no such file; give the question file with --questions")
@@ -214,13 +216,14 @@ def _answers_hash(answers: list[Answer]) -> str:
 
 def as_text(report: Report) -> str:
     """The report as a table for the terminal."""
-    lines = [f"{'metric':<17}{'real':>7}  {'95 % interval':<16}{'n':>5}{'unscored':>10}{'blank':>8}{'gain':>8}"]
+    wide = max(17, *(len(name) + 1 for name in report.metrics))
+    lines = [f"{'metric':<{wide}}{'real':>7}  {'95 % interval':<16}{'n':>5}{'unscored':>10}{'blank':>8}{'gain':>8}"]
     for name, found in report.metrics.items():
         blank = report.ablations.get("blank", {}).get(name)
         gained = report.visual_gain.get(name)
         interval = "" if found.low is None else f"{found.low:.3f} to {found.high:.3f}"
         lines.append(
-            f"{name:<17}{_figure(found):>7}  {interval:<16}{found.n:>5}{found.unscored:>10}"
+            f"{name:<{wide}}{_figure(found):>7}  {interval:<16}{found.n:>5}{found.unscored:>10}"
             f"{_figure(blank):>8}{_figure(gained, '+.3f'):>8}"
         )
     words = [words_told(report)] if report.answer_words else []

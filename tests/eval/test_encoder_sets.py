@@ -151,7 +151,7 @@ def test_bad_data_is_told_in_a_line(clip: Path, tmp_path: Path) -> None:
     line = ["encoder", "--model-path", str(clip), "--images", str(tmp_path), "--benchmark"]
     with pytest.raises(ConfigError, match="did you mean 'mhist'"):
         commands.main([*line, "mhits"])
-    with pytest.raises(DataError, match=r"annotations\.csv: no such file; the layout of mhist"):
+    with pytest.raises(DataError, match=r"annotations\.csv: no such file; eval/benchmarks/encoder/mhist.yaml says"):
         commands.main([*line, "mhist"])
     mhist(tmp_path)
     (tmp_path / "images" / "MHIST_3.png").unlink()
@@ -163,6 +163,20 @@ def test_bad_data_is_told_in_a_line(clip: Path, tmp_path: Path) -> None:
         commands.main([*line, "pcam"])
     with pytest.raises(ConfigError, match="give --benchmark NAME"):
         commands.main(["encoder", "--model-path", str(clip)])
+
+
+def test_classes_without_a_split_are_held_apart_by_name(tmp_path: Path) -> None:
+    fill(tmp_path, ["bone", "skin"])
+    for folder in ("bone", "skin"):
+        for each in range(EACH, 40):
+            picture(tmp_path / folder / f"{folder}-{each}.png", each)
+    found = read_set(load_set("image_folder"), tmp_path)
+    assert len(found.train) + len(found.test) == 80 and 5 <= len(found.test) <= 30
+    assert not {pair.name for pair in found.train} & {pair.name for pair in found.test}
+    assert "no split" in found.layout and found.test == read_set(load_set("image_folder"), tmp_path).test
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match="fewer than two classes"):
+        read_set(load_set("image_folder"), tmp_path)
 
 
 def test_pcam_as_published(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medllava.errors import DataError
-from medllava.eval.metrics import BLIND, estimate, grade_all, summarise, verdicts
+from medllava.eval.metrics import BLIND, confidence, estimate, grade_all, summarise, verdicts
 from medllava.eval.records import Answer, Condition, Failure, Question
 from medllava.geometry import Box
 
@@ -120,3 +120,44 @@ def test_answers_that_do_not_fit_are_refused() -> None:
         grade_all([asked(0, "Yes")], [said(0, "yes"), said(0, "no")])
     with pytest.raises(DataError, match="more than once"):
         grade_all([asked(0, "Yes"), asked(0, "No")], [])
+
+
+def test_calibration_error_by_hand() -> None:
+    """Two answers at 0.9 of which one is right, two at 0.6 that are right: (2 |0.9 - 0.5| + 2 |0.6 - 1|) / 4 = 0.4."""
+    questions = [asked(n, "Yes") for n in range(6)]
+    given = [
+        said(n, text).model_copy(update={"options": {"yes": yes, "no": no}})
+        for n, text, yes, no in (
+            (0, "Yes.", 0.9, 0.1), (1, "No.", 0.1, 0.9), (2, "Yes.", 0.6, 0.4), (3, "Yes.", 0.3, 0.2),
+            (4, "Perhaps.", 0.5, 0.5),
+        )
+    ]
+    report = summarise(grade_all(questions, [*given, said(5, "Yes.")]), {})
+    found = report.calibration["yes_no"]
+    assert found.n == 4, "an unclear answer and one without probabilities tell nothing"
+    assert found.error == pytest.approx(0.4)
+    assert [(part.n, part.right.value) for part in found.bins] == [(2, 1.0), (2, 0.5)]
+    assert [part.confidence for part in found.bins] == pytest.approx([0.6, 0.9])
+    alone = said(0, "Yes.").model_copy(update={"logprob": float(np.log(0.25)), "tokens": 2})
+    assert confidence(questions[0], alone, "yes") == pytest.approx(0.25), "the whole text, where no options are told"
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_the_order_of_the_options_by_hand(count: int) -> None:
+    """Who always says A is right only where the right option stands first; of 8 options 6 orders are asked."""
+    choices = tuple(f"{letter}: option {letter.lower()}" for letter in "ABCDEFGH"[:count])
+    orders: list[Condition] = ["real", "rotated_1", "rotated_2", "rotated_3", "rotated_4", "rotated_5"]
+    orders = orders[:count]
+    questions = [
+        Question(id=f"q{n}", image="i", question="Which?", kind="closed", answer=choices[0], choices=choices,
+                 group=f"g{n}")
+        for n in range(4)
+    ]
+    report = summarise(grade_all(questions, [said(n, "A", order) for n in range(4) for order in orders]), {})
+    found = report.rotation
+    assert found["mean"].value == pytest.approx(1 / len(orders)) and found["mean"].n == 4
+    assert found["difference"].value == 1.0, "right as published, never in another order"
+    assert found["same_answer"].value == found["all_right"].value == 0.0
+    assert report.letters == {"A": 1.0}
+    lost = summarise(grade_all(questions, [said(n, "A", order) for n in range(3) for order in orders]), {})
+    assert (lost.rotation["difference"].n, lost.rotation["difference"].unscored) == (3, 1)

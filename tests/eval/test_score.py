@@ -128,12 +128,22 @@ def test_rescore_tells_a_difference(discs: Path, looks: Ask, tmp_path: Path) -> 
     report.write_text(json.dumps(changed))
     with pytest.raises(DataError, match="metrics differ"):
         commands.main(["rescore", str(answers), "--against", str(report)])
+    changed["metrics"]["where"]["value"] = 1.0
+    changed["metrics"]["judge"] = {"value": 0.4, "low": 0.3, "high": 0.5, "n": 9, "unscored": 0}
+    del changed["letters"]
+    report.write_text(json.dumps(changed))
+    assert commands.main(["rescore", str(answers), "--against", str(report)]) == 0, "a judge's figure, an older report"
+    changed["abstention"]["real"]["value"] = 0.7
+    report.write_text(json.dumps(changed))
+    with pytest.raises(DataError, match="abstention differ"):
+        commands.main(["rescore", str(answers), "--against", str(report)])
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
     gt, answers = original(tmp_path, [closed(0, "yes")], ["yes"])
-    with pytest.raises(DataError, match="nothing.jsonl"):
-        score_files(tmp_path / "nothing.jsonl", gt)
+    for questions in (gt, None):
+        with pytest.raises(DataError, match="nothing.jsonl: no such answers file"):
+            score_files(tmp_path / "nothing.jsonl", questions)
     with pytest.raises(DataError, match="--questions"):
         score_files(answers)
     answers.write_text('{"question_id": 0, "text": "yes"}\n{"question_id": 5, "text": "yes"}\n')
@@ -192,6 +202,38 @@ def test_bertscore_with_a_text_encoder_of_ones_own(tmp_path: Path) -> None:
     assert commands.main([*again, "--bertscore-model", str(encoder)]) == 0
     with pytest.raises(CheckpointError, match="no config.json; expected a Hugging Face folder of a text encoder"):
         commands.main([*line[:-2], str(tmp_path), "--out", str(tmp_path / "other.json")])
+
+
+def test_bertscore_is_what_the_paper_says(tmp_path: Path) -> None:
+    """Greedy matching of contextual vectors, computed here for one pair at a time from the encoder's own output."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    from medllava.model.bert_score import BertScorer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "gland", "in", "stroma", "bone"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"))
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+    )).eval()
+    model.save_pretrained(tmp_path)
+
+    @torch.inference_mode()
+    def vectors(text: str) -> torch.Tensor:
+        hidden = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[1][0]
+        return torch.nn.functional.normalize(hidden[1:-1], dim=-1)  # without [CLS] and [SEP]
+
+    pairs = [("gland", "a gland in stroma"), ("bone in bone in bone", "gland"), ("a bone", "a bone")]
+    found = BertScorer(tmp_path, 1, "cpu").f1([answer for answer, _ in pairs], [text for _, text in pairs])
+    for (answer, text), value in zip(pairs, found, strict=True):
+        likeness = [[float(one @ other) for other in vectors(text)] for one in vectors(answer)]
+        precision = sum(map(max, likeness)) / len(likeness)
+        recall = sum(map(max, zip(*likeness, strict=True))) / len(likeness[0])
+        assert value == pytest.approx(2 * precision * recall / (precision + recall), abs=1e-5)
+    assert found[2] == pytest.approx(1) and found[0] < 0.95
 
 
 def test_half_a_line_is_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
 import socket
+import stat
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -384,6 +386,31 @@ def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 @pytest.fixture
+def holding() -> Callable[[Iterable[bytes], Iterable[Path], float], set[Path]]:
+    """Find the files below some folders that were written since a time and hold one of some texts."""
+    return files_that_hold
+
+
+def files_that_hold(signs: Iterable[bytes], roots: Iterable[Path], since: float) -> set[Path]:
+    signs, found = list(signs), set()
+    for root in roots:
+        for folder, inner, names in os.walk(root):
+            inner[:] = [each for each in inner if each not in {".git", "site-packages", "node_modules"}]
+            for name in names:
+                path = Path(folder) / name
+                try:
+                    facts = path.stat()
+                    if facts.st_ctime < since or facts.st_size > 50_000_000 or not stat.S_ISREG(facts.st_mode):
+                        continue
+                    content = path.read_bytes()
+                except OSError:
+                    continue  # gone again, or not ours
+                if any(sign in content for sign in signs):
+                    found.add(path)
+    return found
+
+
+@pytest.fixture
 def photograph(tmp_path: Path) -> Path:
     """A PNG of 900 x 300 pixels, pink with purple spots; a unique text in its metadata."""
     from PIL.PngImagePlugin import PngInfo
@@ -427,12 +454,13 @@ def tab(browser: Browser) -> Iterator[Page]:
     errors: list[str] = []
 
     def real(said: Any) -> bool:
-        # A browser looks for the icon at the root, which a proxy of the tests does not serve.
-        return not str(said.location.get("url")).endswith("/favicon.ico")
+        # A browser looks for the icon at the root, which a proxy of the tests does not serve. Gradio's script complains
+        # where a page is left in the middle of what it reads.
+        return not (str(said.location.get("url")).endswith("/favicon.ico") or "Connection errored out" in said.text)
 
     local = re.compile(r"(https?://127\.0\.0\.1[:/]|data:|blob:)")
     page.on("request", lambda request: None if local.match(request.url) else outside.append(request.url))
-    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("pageerror", lambda error: None if str(error).startswith("AbortError") else errors.append(str(error)))
     page.on("console", lambda said: errors.append(said.text) if said.type == "error" and real(said) else None)
     page.set_default_timeout(20_000)
     yield page

@@ -1,7 +1,6 @@
 """The web chat in a real browser: headless Chromium, driven with the mouse and the keyboard.
 
-MEDLLAVA_SCREENSHOT=FILE saves a picture of the page with the scripted model, or with a trained one if
-MEDLLAVA_SCREENSHOT_MODEL names its folder, as the README shows it:
+The picture of the README is made with a trained model:
 
     MEDLLAVA_SCREENSHOT=docs/web-chat.png MEDLLAVA_SCREENSHOT_MODEL=demo-out/stage2 pytest tests/serve -k picture_for
 """
@@ -14,6 +13,7 @@ import io
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,10 +129,6 @@ def test_open_draw_ask_and_see_the_answer_drawn(
     left, top = x - canvas["x"], y - canvas["y"]
     meant = [left + 0.1 * 1200 * scale, left + 0.4 * 1200 * scale, top + 0.6 * 600 * scale]
     assert np.allclose(box_on_page, meant, atol=3)
-
-    if "MEDLLAVA_SCREENSHOT" in os.environ and "MEDLLAVA_SCREENSHOT_MODEL" not in os.environ:
-        tab.mouse.move(5, 5)
-        tab.screenshot(path=os.environ["MEDLLAVA_SCREENSHOT"])
 
 
 def pixels_of_canvas(tab: Page) -> Any:
@@ -291,14 +287,14 @@ def test_behind_a_proxy_that_serves_it_under_a_path(
 
 
 def test_nothing_of_a_chat_is_left_behind(
-    worker: Any, serve: Serve, tab: Page, tissue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Any, serve: Serve, tab: Page, tissue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holding: Any
 ) -> None:
     """After a chat no file of this process's folders holds the picture, its name or the question."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    roots = [Path("/tmp"), Path("/dev/shm"), elsewhere, Path.home() / ".cache", Path.home() / ".gradio"]
-    before = files_under(roots)
+    roots = [Path("/tmp"), Path("/dev/shm"), Path.home() / ".cache", Path.home() / ".gradio"]
+    began = time.time()
     tab.goto(serve(worker.url))
     open_image(tab, tissue)
     ask(tab, "Where is Mrs Miller's gland?")
@@ -306,9 +302,11 @@ def test_nothing_of_a_chat_is_left_behind(
     expect(tab.locator("#chat .phrase")).to_have_count(1)
     bytes_of_image = base64.b64decode(to_data_uri(load_image(tissue)).partition(",")[2])
     signs = [b"Mrs Miller", b"patient-4711", b"PATIENT-4711", bytes_of_image[2000:2100], tissue.read_bytes()[2000:2100]]
-    assert holding(signs, files_under(roots) - before - {tissue}) == []
+    found = holding(signs, roots, began) - {tissue}
+    # Without the test's own browser.
+    assert [path for path in found if "playwright" not in str(path) and "chromium" not in str(path)] == []
     shutil.copy(tissue, elsewhere / "leak.png")  # the search finds what it looks for
-    assert holding(signs, files_under(roots) - before - {tissue}) == [elsewhere / "leak.png"]
+    assert holding(signs, [elsewhere], began) == {elsewhere / "leak.png"}
     sent = worker.answerer.asked[-1][0][0]
     buffer = io.BytesIO()
     sent.save(buffer, "PNG")
@@ -331,7 +329,7 @@ def test_a_closed_page_is_forgotten(worker: Any, serve: Serve, browser: Browser,
     wait(lambda: pictures() == before)
 
 
-@pytest.mark.skipif("MEDLLAVA_SCREENSHOT_MODEL" not in os.environ, reason="for the README: names a trained checkpoint")
+@pytest.mark.skipif("MEDLLAVA_SCREENSHOT_MODEL" not in os.environ, reason="for the README: see the top of this file")
 def test_picture_for_the_readme(
     start_worker: Any, serve: Serve, tab: Page, examples: tuple[Path, ...], tmp_path: Path
 ) -> None:
@@ -347,35 +345,21 @@ def test_picture_for_the_readme(
     tab.goto(serve(start_worker(load=lambda: model).url, examples=examples))
     open_image(tab, path)
     x, y, scale = shown_picture(tab, 640, 480)
-    drag(tab, (x + 390 * scale, y + 270 * scale), (x + 570 * scale, y + 430 * scale))
-    questions = ("What is in this region?", "Where is the gland?", "Mark the gland in this image.")
-    for number, question in enumerate(questions, start=1):
-        ask(tab, question)
-        expect(tab.locator("#chat .message.bot")).to_have_count(number)
-        expect(last_answer(tab)).not_to_have_text("…")
-        tab.wait_for_timeout(1500)
-        if number == 1:
+    boxes = [((70, 50), (250, 220)), None, ((420, 50), (560, 180))]
+    questions = ["What is in this region?", "Mark the blood vessel in this image.", "What is in this region?"]
+    for number, (question, box) in enumerate(zip(questions, boxes, strict=True), start=1):
+        if box:
+            drag(tab, *[(x + px * scale, y + py * scale) for px, py in box])
+        else:
             tab.click("#viewer .whole")
+        ask(tab, question)
+        expect(tab.locator("article[data-state=done]")).to_have_count(number)
+    # The region of the last question and the box of the answer before it, which is clicked.
+    tab.locator("#chat .phrase").last.click()
+    expect(tab.locator("#viewer .marks[data-flash]")).to_be_attached()
+    expect(tab.locator("#viewer .marks[data-flash]")).to_have_count(0)
     tab.mouse.move(5, 5)
     tab.screenshot(path=os.environ["MEDLLAVA_SCREENSHOT"])
-
-
-def holding(signs: list[bytes], paths: set[Path]) -> list[Path]:
-    found = []
-    for path in paths:
-        if "playwright" in str(path) or "chromium" in str(path):
-            continue  # the test's own browser
-        try:
-            content = path.read_bytes()
-        except OSError:
-            continue  # gone again
-        if any(sign in content for sign in signs):
-            found.append(path)
-    return found
-
-
-def files_under(roots: list[Path]) -> set[Path]:
-    return {Path(folder) / name for root in roots for folder, _, names in os.walk(root) for name in names}
 
 
 def test_the_real_model_answers_in_the_page(

@@ -88,20 +88,6 @@ def slide(tmp_path: Path) -> Path:
     return path
 
 
-def files_under(roots: list[Path], since: float) -> Iterator[Path]:
-    """Files that were written since."""
-    for root in roots:
-        for folder, inner, names in os.walk(root):
-            inner[:] = [each for each in inner if each not in {".git", "site-packages", "node_modules"}]
-            for name in names:
-                path = Path(folder) / name
-                try:
-                    if path.stat().st_ctime >= since and path.is_file() and path.stat().st_size < 50_000_000:
-                        yield path
-                except OSError:
-                    continue
-
-
 def line_of(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline()
@@ -139,7 +125,7 @@ def chat(watched: Any, tiny: Path, slide: Path, folder: Path) -> tuple[str, list
 
 
 def test_after_a_chat_nothing_on_disk_or_in_a_log_holds_it(
-    watched: Any, tiny: Path, slide: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    watched: Any, tiny: Path, slide: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, holding: Any
 ) -> None:
     began = time.time()
     uri, logs = chat(watched, tiny, slide, tmp_path_factory.mktemp("client"))
@@ -148,25 +134,11 @@ def test_after_a_chat_nothing_on_disk_or_in_a_log_holds_it(
     assert any("chatcmpl" in log for log in logs)
     for log in logs:
         assert not any(sign in log.encode() for sign in signs), log
-    roots = [Path(place) for place in ("/tmp", "/dev/shm", "/var/tmp", Path.home())]
-    mine = {slide, Path(__file__)}
-
-    def holding() -> set[Path]:
-        found = set()
-        for path in files_under([*roots, tmp_path], began):
-            if path in mine or path.suffix == ".py":
-                continue
-            try:
-                content = path.read_bytes()
-            except OSError:
-                continue
-            if any(sign in content for sign in signs[:1] + signs[2:]):
-                found.add(path)
-        return found
-
-    assert holding() == set()
+    roots = [*(Path(place) for place in ("/tmp", "/dev/shm", "/var/tmp", Path.home())), tmp_path]
+    found = holding(signs[:1] + signs[2:], roots, began)
+    assert {path for path in found if path.suffix != ".py"} - {slide} == set()
     (tmp_path / "leak").write_bytes(b".." + pixels[2900:3100])
-    assert holding() == {tmp_path / "leak"}  # the search finds what it looks for
+    assert tmp_path / "leak" in holding(signs[:1] + signs[2:], [tmp_path], began)  # the search finds what it looks for
     # Not even for a moment: no process opened a file for writing, but Gradio's folder, the list of fonts of a library
     # of Gradio's, and the files of random names with which Python tries a folder for temporary files.
     written = {line.partition(" ")[2] for line in (tmp_path / "watched.log").read_text().splitlines() if "open" in line}

@@ -16,7 +16,11 @@ test_more = bitsandbytes deepspeed
 check_extras = gen,redact,train,serve,eval,dev
 bench_extras = gen,train,serve,eval
 
-.PHONY: demo test check bench
+.PHONY: help demo test check bench
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
 
 # torch is installed first and alone: with it in place no other package chooses a CUDA build of its own.
 .venv/%/.ready: pyproject.toml constraints.txt

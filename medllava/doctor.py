@@ -15,8 +15,10 @@ import shutil
 import sys
 import tempfile
 import tomllib
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import metadata
+from io import StringIO
 from pathlib import Path
 
 import medllava
@@ -31,6 +33,8 @@ MODULES = {
 
 EXTRAS = ("gen", "asr", "redact", "train", "gpu", "serve", "wsi", "eval", "ray", "wandb")
 LEAST_FREE_GB = 10
+PROJECT = Path(medllava.__file__).parents[1] / "pyproject.toml"
+"""There in a checkout only."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         _section(f"Extra {extra}: {'works' if works else 'not complete'}", found)
     _section("Video", [_ffmpeg(), check_h264()])
     _section("Disk", [*(_disk(name, path) for name, path in _places(arguments.disk))])
-    print("\nWhat is missing is needed only by the extra it stands under: pip install 'medllava[EXTRA]'")
+    how = "-c constraints.txt -e '.[EXTRA]'" if PROJECT.is_file() else "'medllava[EXTRA]'"
+    print(f"\nWhat is missing is needed only by the extra it stands under: pip install {how}")
     return 0
 
 
@@ -70,9 +75,8 @@ def _section(title: str, findings: list[Finding]) -> None:
 def read_requirements() -> dict[str, list[str]]:
     """Extra (``""``: none) -> requirement lines such as ``torch>=2.11``, of the checkout or the installed package."""
     found: dict[str, list[str]] = {}
-    project = Path(medllava.__file__).parents[1] / "pyproject.toml"
-    if project.is_file():
-        table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+    if PROJECT.is_file():
+        table = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
         return {"": table["dependencies"], **table["optional-dependencies"]}
     try:
         lines = metadata.requires("medllava") or []
@@ -96,7 +100,8 @@ def check_package(requirement: str) -> Finding:
     if importlib.util.find_spec(module) is None:
         return Finding(name, "missing", f"not installed (wanted: {wanted})")
     try:
-        importlib.import_module(module)
+        with redirect_stdout(StringIO()):  # Some greet.
+            importlib.import_module(module)
     except BaseException as error:  # A broken binary may raise anything, and to tell what is the point here.
         if isinstance(error, KeyboardInterrupt):
             raise

@@ -21,15 +21,19 @@ def test_doctor_tells_every_part_and_exits_0(
     assert "missing not-there" in text
 
 
-def test_a_broken_package_tells_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_package_tells_its_own_error_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     package = tmp_path / "flash_attn"
     package.mkdir()
-    (package / "__init__.py").write_text("raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN2at4')")
+    fault = "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN2at4')"
+    (package / "__init__.py").write_text(f"print('hello')\n{fault}")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     found = doctor.check_package("flash-attn>=2.8")
     assert found.state == "broken"
     assert "ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN2at4" in found.text
+    assert capsys.readouterr().out == ""
 
 
 def test_versions_outside_the_tested_range_are_told() -> None:

@@ -14,7 +14,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 import medllava
-from medllava.__main__ import COMMANDS
+from medllava.__main__ import COMMANDS, main
 from medllava.doctor import read_requirements
 from medllava.model import TRANSFORMERS
 
@@ -22,10 +22,10 @@ FOLDERS = ("instruct_gen", "train", "serve", "eval")
 """Where a person runs and edits a stage; none of it is code."""
 
 STEPS = {
-    "instruct_gen": ("narrate", "generate", "check"),
+    "instruct_gen": ("narrate", "correct", "generate", "card", "check", "export"),
     "train": ("preview",),
-    "model": ("inspect", "merge", "export", "convert", "tiny"),
-    "eval": ("fetch", "answer", "score", "judge", "report", "rescore", "compare", "harness"),
+    "model": ("inspect", "merge", "export", "convert", "assemble", "tiny"),
+    "eval": ("fetch", "answer", "score", "judge", "report", "rescore", "compare", "encoder", "harness"),
 }
 
 
@@ -76,6 +76,22 @@ def test_help_comes_at_once_and_has_an_example(words: list[str], repository: Pat
         forms.add("make demo")
     body = done.stdout.partition("\n\n")[2] if words else done.stdout
     assert any(form in body for form in forms), done.stdout
+
+
+@pytest.mark.parametrize(("word", "hint"), [
+    ("evl", "did you mean eval?"), ("serve", "did you mean serve.cli or serve.worker or serve.web?"),
+    ("zzz", "choose one of: demo, doctor, phantom,"),
+])
+def test_a_misspelt_command_is_told_what_was_meant(
+    word: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word]) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_make_alone_explains_itself(repository: Path) -> None:
+    done = subprocess.run(["make"], cwd=repository, capture_output=True, text=True, check=True)
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["demo", "test", "check", "bench"]
 
 
 def test_help_loads_nothing_heavy(repository: Path) -> None:

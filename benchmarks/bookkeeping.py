@@ -22,7 +22,7 @@ from PIL import Image
 from record import arguments, cost_of, cpu_s, finish, row
 from synthetic import sentence
 
-from medllava.jsonl import to_line, write_json_list, write_records
+from medllava.jsonl import to_item, to_line, write_json_list, write_records
 
 VIDEOS, CHUNKS = 4149, 105
 """Videos of Quilt-1M, and stable chunks in each: 435,645 pictures; Quilt-1M has 437,878."""
@@ -212,10 +212,10 @@ def write_samples(folder: Path, samples: int) -> None:
                 "images": images, "turns": [{"role": role, "text": text} for role, text in turns], "provenance": about,
             }))
             names = {"user": "human", "assistant": "gpt"}
-            (train if video % VAL_EVERY else val)(common | {
+            (train if video % VAL_EVERY else val)(to_item(common | {
                 "image": images[0], "provenance": about,
                 "conversations": [{"from": names[role], "value": text} for role, text in turns],
-            })
+            }))
 
 
 if __name__ == "__main__":

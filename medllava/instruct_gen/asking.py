@@ -65,7 +65,7 @@ class Plan:
             for kind, plan in self.recipe.plans.items():
                 if kind in REASONING_KINDS and not (case and case.diagnosis and case.single_case):
                     continue
-                if seeded_fraction(self.recipe.seed, "chosen", kind, caption.id) >= plan.fraction:
+                if plan.fraction < 1 and seeded_fraction(self.recipe.seed, "chosen", kind, caption.id) >= plan.fraction:
                     continue
                 if kind == "question":
                     for number, question in enumerate(asked.get(caption.id, ())[: plan.per_caption], start=1):
@@ -210,7 +210,6 @@ async def ask_each(
 
         async def ask_one(item: Item) -> None:
             await ask(item)
-            bar.set_postfix_str(told(), refresh=False)
             bar.update()
 
         async def refresh() -> None:
@@ -224,6 +223,7 @@ async def ask_each(
             await for_each(items, ask_one, recipe.concurrency)
         finally:
             clock.cancel()
+            bar.set_postfix_str(told())
 
 
 async def drive(id: str, steps: Generator[Request, Reply, Any], model: TextModel, trouble: Trouble) -> None:

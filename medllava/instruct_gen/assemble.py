@@ -15,14 +15,19 @@ from typing import Any
 from medllava.conversation import IMAGE_TAG, InstructionSample, Provenance, Turn
 from medllava.instruct_gen.asking import Plan, Trouble, read_facts, replay
 from medllava.instruct_gen.duplicates import NearDuplicates
+from medllava.instruct_gen.finished import write_note
 from medllava.instruct_gen.kinds import Draft, Task, UnusableReplyError, seeded_fraction
 from medllava.instruct_gen.recipe import GenerateRecipe
 from medllava.instruct_gen.records import CaseFacts, Dropped
 from medllava.instruct_gen.redact import RedactedFile
 from medllava.instruct_gen.wording import verdict
-from medllava.jsonl import atomic_write, to_line, write_json, write_json_list, write_records
+from medllava.jsonl import atomic_write, to_item, to_line, write_json, write_json_list, write_records
 from medllava.llm.cache import ReplyCache
 
+_RESULTS = (
+    "samples.jsonl", "dropped.jsonl", "case_facts.jsonl", "llava.json", "train.json", "val.json", "split.json",
+    "summary.json",
+)
 _BENCHMARKS = {True: "questions.jsonl", False: "questions_general.jsonl"}
 """The narrators' questions of the val videos: those that need the image, and those of general knowledge."""
 
@@ -66,15 +71,17 @@ def write_results(plan: Plan, cache: ReplyCache, trouble: Trouble, out: Path) ->
                 continue
             kept[result.kind] += 1
             samples.write(to_line(result))
-            row = result.to_llava()
-            whole(row)
-            part[split[task.caption.video]](row)
+            item = to_item(result.to_llava())
+            whole(item)
+            part[split[task.caption.video]](item)
             if result.kind == "question" and split[task.caption.video] == "val":
                 benchmark[bool(result.image_dependent)].write(to_line(_question(result)))
     write_records(out / "case_facts.jsonl", facts.values())
     write_json(out / "split.json", split)
     summary = _summary(plan, cache, kept, reasons)
     write_json(out / "summary.json", summary)
+    if not (trouble.failures or trouble.stopped):
+        write_note(plan, out, [*_RESULTS, *(_BENCHMARKS.values() if "question" in plan.recipe.plans else ())])
     return summary
 
 

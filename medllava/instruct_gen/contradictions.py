@@ -92,8 +92,8 @@ def _is_affirmed(kind: SampleKind, turns: Sequence[Turn], words: Sequence[str]) 
 def _denied(kind: SampleKind, turns: Sequence[Turn]) -> Iterable[Denial]:
     for question, answer in _exchanges(kind, turns):
         # "No, there is none in the lower left" denies what the question asks for, where it asks for it.
-        asked = asked_for(question) if is_yes_no(question) else []
         if verdict(answer) is False:
+            asked = asked_for(question) if is_yes_no(question) else []
             yield from asked
             local = any(one.local for one in asked)
             yield from (Denial(one.words, one.local or local) for one in denials(answer))
@@ -123,7 +123,10 @@ def _side_fault(turns: Sequence[Turn], said: str) -> str | None:
 
 def _sides(text: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
-    for match in _SIDE.finditer(text.lower()):
+    plain = text.lower()
+    if "left" not in plain and "right" not in plain:
+        return found
+    for match in _SIDE.finditer(plain):
         found.setdefault(stem(match.group(2)), set()).add(match.group(1))
     return found
 

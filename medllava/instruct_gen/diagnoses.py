@@ -72,8 +72,14 @@ _NO_DISEASE = _words(
 
 def names(diagnosis: str, synonyms: Mapping[str, Sequence[str]] | None = None) -> tuple[str, ...]:
     """``diagnosis``, its core without grade, spread and site, and what either is also called."""
+    return _names(diagnosis, tuple((name, *others) for name, others in (synonyms or {}).items()))
+
+
+# Each sample of a case asks for the names of its diagnosis, more than once.
+@lru_cache(maxsize=4096)
+def _names(diagnosis: str, synonyms: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
     found = dict.fromkeys([diagnosis, _WHERE.sub("", diagnosis), _core(diagnosis)])
-    groups = [*SYNONYMS, *((name, *others) for name, others in (synonyms or {}).items())]
+    groups = [*SYNONYMS, *synonyms]
     keys = {_key(name) for name in found}
     for group in groups:
         if keys & _keys(group):
@@ -84,16 +90,17 @@ def names(diagnosis: str, synonyms: Mapping[str, Sequence[str]] | None = None) -
 def named_in(text: str, names: Iterable[str]) -> str | None:
     """The first of the names that ``text`` holds, as it stands there, or None. Plurals, hyphens, compounds written
     apart and British spellings are the same; names in capitals (SCC) must be in capitals."""
-    short, keys, longest = _sought(tuple(names))
+    short, keys, initials, longest = _sought(tuple(names))
     for word in re.findall(r"\b[A-Za-z]{2,6}\b", text) if short else ():
         if word in short or (word.endswith("s") and word[:-1] in short):
             return str(word)
     words = normalised(text).split()
-    parts = [_part(word) for word in words]
-    for at in range(len(words)):
+    for at, word in enumerate(words):
+        if word[0] not in initials:
+            continue
         before = ""
         # What _key makes of the words from here on, one after the other.
-        for count, (inner, last) in enumerate(parts[at : at + longest], start=1):
+        for count, (inner, last) in enumerate(map(_part, words[at : at + longest]), start=1):
             if before + last in keys:
                 return " ".join(words[at : at + count])
             before += inner
@@ -136,11 +143,13 @@ def _keys(names: tuple[str, ...]) -> frozenset[str]:
 
 
 @lru_cache(maxsize=4096)
-def _sought(names: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str], int]:
-    """Names in capitals, the keys of the others, and the most words that a name can be written in."""
+def _sought(names: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str], frozenset[str], int]:
+    """Names in capitals, the keys of the others, the letters that these begin with (which neither plurals nor
+    spellings change), and the most words that a name can be written in."""
     short = frozenset(name for name in names if _is_short(name))
     longest = max((len(name.split()) for name in names), default=0) + 1
-    return short, _keys(tuple(name for name in names if name not in short)), longest
+    keys = _keys(tuple(name for name in names if name not in short))
+    return short, keys, frozenset(key[:1] for key in keys), longest
 
 
 @lru_cache(maxsize=65536)

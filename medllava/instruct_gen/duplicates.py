@@ -7,9 +7,11 @@ samples alone, which is that of the captions, never on the order in which replie
 
 from __future__ import annotations
 
+import operator
 import re
 import zlib
 from collections.abc import Sequence
+from hashlib import sha1
 
 import numpy as np
 import numpy.typing as npt
@@ -33,42 +35,55 @@ class NearDuplicates:
     def __init__(self, across_images: bool = True) -> None:
         self._kept: dict[str, list[npt.NDArray[np.uint32]]] = {}
         self._across = MinHashLSH(threshold=NEAR, num_perm=_PERMUTATIONS) if across_images else None
-        self._hashes: dict[str, MinHash] = {}
-        self._empty = MinHash(num_perm=_PERMUTATIONS, seed=1)
+        self._hashes: dict[str, npt.NDArray[np.uint32]] = {}
+        # One for all samples, whose permutations are drawn once. It is given hashes, not what is hashed.
+        self._hashed = MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=operator.index)
 
     def fault(self, id: str, image: str, turns: Sequence[Turn]) -> str | None:
         """The reason to drop the sample ``id``, or None: then it is remembered."""
-        shingles = _shingles(turns)
+        shingles, words = _shingles(turns)
         # Four bytes a shingle: a hundred thousand samples take some tens of megabytes.
-        packed = np.unique(np.array([zlib.crc32(shingle) for shingle in shingles], dtype=np.uint32))
+        packed = np.unique(np.fromiter(map(zlib.crc32, shingles), np.uint32, len(shingles)))
         for number, other in enumerate(self._kept.get(image, ())):
+            if min(len(packed), len(other)) / max(len(packed), len(other)) < NEAR:
+                continue  # The shorter does not have as many as would have to be shared.
             shared = len(np.intersect1d(packed, other, assume_unique=True))
             overlap = shared / (len(packed) + len(other) - shared)
             if overlap >= NEAR:
                 return f"near-duplicate: {overlap:.2f} like sample {number + 1} of this image"
-        reason = self._fault_elsewhere(id, shingles, turns)
+        reason = self._fault_elsewhere(id, shingles) if words >= LONG_WORDS else None
         if reason is None:
             self._kept.setdefault(image, []).append(packed)
         return reason
 
-    def _fault_elsewhere(self, id: str, shingles: frozenset[bytes], turns: Sequence[Turn]) -> str | None:
-        if self._across is None or sum(len(_WORD.findall(turn.text.lower())) for turn in turns) < LONG_WORDS:
+    def _fault_elsewhere(self, id: str, shingles: set[bytes]) -> str | None:
+        if self._across is None:
             return None
-        hashed = self._empty.copy()  # permutations are drawn once, not for each sample
-        hashed.update_batch(sorted(shingles))
-        alike = {other: hashed.jaccard(self._hashes[other]) for other in self._across.query(hashed)}
+        hashed = self._hashed
+        hashed.clear()
+        # What the library's own sha1_hash32 makes of them, without three Python calls for each.
+        hashed.update_batch(np.frombuffer(b"".join([sha1(one).digest()[:4] for one in shingles]), "<u4").tolist())
+        alike = {
+            other: np.count_nonzero(hashed.hashvalues == self._hashes[other]) / _PERMUTATIONS
+            for other in self._across.query(hashed)
+        }
         near = sorted((-overlap, other) for other, overlap in alike.items() if overlap >= NEAR)
         if near:
             return f"near-duplicate: {-near[0][0]:.2f} like {near[0][1]} of another image"
         self._across.insert(id, hashed)
-        self._hashes[id] = hashed
+        self._hashes[id] = hashed.hashvalues
         return None
 
 
-def _shingles(turns: Sequence[Turn]) -> frozenset[bytes]:
-    """Every three words in a row within a question with its answer, boxes kept."""
+def _shingles(turns: Sequence[Turn]) -> tuple[set[bytes], int]:
+    """Every three words in a row within a question with its answer, boxes kept; and how many words there are."""
     found: set[bytes] = set()
+    count = 0
     for number in range(0, len(turns), 2):
         words = _WORD.findall(" ".join(turn.text for turn in turns[number : number + 2]).lower())
-        found |= {" ".join(words[at : at + 3]).encode() for at in range(max(1, len(words) - 2))}
-    return frozenset(found)
+        count += len(words)
+        if len(words) < 3:
+            found.add(" ".join(words).encode())
+        threes = zip(words, words[1:], words[2:], strict=False)
+        found.update([f"{one} {two} {three}".encode() for one, two, three in threes])
+    return found, count

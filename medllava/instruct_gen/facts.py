@@ -76,6 +76,9 @@ def facts_steps(
 def talk_parts(talk: Sequence[Phrase], most_tokens: int, overlap_s: float) -> Iterator[list[Phrase]]:
     """The talk in parts of at most ``most_tokens`` (a longer phrase is a part of its own), each beginning ``overlap_s``
     before the end of the one before it."""
+    if len(remark_lines(talk).encode()) <= most_tokens:  # A token is a byte at least: no need to count them.
+        yield list(talk)
+        return
     costs = [estimate_tokens(remark_lines([phrase])) for phrase in talk]
     first = 0
     while True:

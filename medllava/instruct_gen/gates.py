@@ -6,7 +6,6 @@ that cost a call are in :mod:`medllava.instruct_gen.checks`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -154,7 +153,7 @@ def diagnosis_leaked(kind: SampleKind, turns: Sequence[Turn], background: Backgr
     return None
 
 
-def _found(reason: str, pattern: re.Pattern[str], turns: Sequence[Turn]) -> str | None:
+def _found(reason: str, pattern: patterns.Wording, turns: Sequence[Turn]) -> str | None:
     for turn in turns:
         match = pattern.search(turn.text)
         if match:

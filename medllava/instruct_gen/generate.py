@@ -2,7 +2,8 @@
 
 Only text is sent: the captions' phrases with their boxes. Every reply is kept in OUT/replies.jsonl as it arrives: a run
 that was stopped in any way goes on where it was when the same command is given again, and no reply is paid for twice.
-When the replies are there, the results are written from them in a fixed order:
+When the replies are there, the results are written from them in a fixed order; a run that is finished, and whose files
+are as it left them, is told to be so at once:
 
   samples.jsonl      one sample a line, by caption, then kind, then number
   dropped.jsonl      what did not become a sample: its id, the reason, the raw reply
@@ -12,6 +13,7 @@ When the replies are there, the results are written from them in a fixed order:
                      that need no image
   split.json         which video is in which part
   summary.json       the recipe, counts per kind, drops per reason, tokens and money
+  finished.json      digests of all these and of what they were made of, once no reply is absent
 
 example:
   python -m medllava.instruct_gen generate --captions out/captions.jsonl --out out \\
@@ -64,11 +66,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from medllava.errors import ConfigError
-    from medllava.instruct_gen.asking import Plan, ask_all
+    from medllava.instruct_gen.asking import Plan, Trouble, ask_all
     from medllava.instruct_gen.assemble import write_results
     from medllava.instruct_gen.batching import refuse_while_under_way
     from medllava.instruct_gen.endpoint import Address, read_captions, read_recipe, tell_redactions
+    from medllava.instruct_gen.finished import is_finished
     from medllava.instruct_gen.kinds import load_prompts
+    from medllava.jsonl import read_json
     from medllava.llm.batches import MOST_REQUESTS
     from medllava.llm.cache import ReplyCache
 
@@ -79,6 +83,11 @@ def run(args: argparse.Namespace) -> int:
     address = Address.of(args, recipe)
     if args.dry_run:
         return _dry_run(plan, args, address.base_url)
+    if args.pilot is None and not args.batch and is_finished(plan, args.out):
+        summary = read_json(args.out / "summary.json")
+        print("finished before, and nothing has changed since: no call was made, nothing was written")
+        _print_summary(summary, args.out)
+        return _exit_code(summary, Trouble(), args.out)
     tell_redactions(plan.captions)
     address.announce(f"what was said in {len(plan.captions)} captions, with box coordinates", recipe.model)
     if args.pilot is not None or not args.batch:

@@ -7,10 +7,10 @@ drives it with calls; assembling drives it again with the replies kept on disk; 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from json.encoder import encode_basestring
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -140,7 +140,7 @@ def phrase_lines(phrases: Iterable[Phrase]) -> str:
     The text is quoted as JSON, so that nothing said in it can look like another line of the prompt.
     """
     return "\n".join(
-        f"- {json.dumps(phrase.text, ensure_ascii=False)} {format_box(phrase.box) if phrase.box else '(no region)'}"
+        f"- {encode_basestring(phrase.text)} {format_box(phrase.box) if phrase.box else '(no region)'}"
         for phrase in phrases
     )
 
@@ -148,7 +148,7 @@ def phrase_lines(phrases: Iterable[Phrase]) -> str:
 def remark_lines(phrases: Iterable[Phrase]) -> str:
     """Phrases with their times, for the facts of a whole video: ``- 12.5 s: "text"``."""
     return "\n".join(
-        f"- {phrase.start_s:.1f} s: {json.dumps(phrase.text, ensure_ascii=False)}" for phrase in phrases
+        f"- {phrase.start_s:.1f} s: {encode_basestring(phrase.text)}" for phrase in phrases
     )
 
 
@@ -210,7 +210,7 @@ def _narrator_steps(task: Task, recipe: GenerateRecipe, prompt: Prompt) -> Draft
     reply = yield make_request(
         recipe,
         prompt.fill(
-            phrases=phrase_lines(task.caption.phrases), question=json.dumps(asked.text, ensure_ascii=False),
+            phrases=phrase_lines(task.caption.phrases), question=encode_basestring(asked.text),
             time_s=f"{asked.start_s:.1f}", talk=remark_lines(asked.talk),
         ),
         NarratorReply,
@@ -274,12 +274,12 @@ def _dialogue_lines(turns: Sequence[Turn]) -> str:
     if not turns:
         return "(nothing yet)"
     names = {"user": "Student", "assistant": "Teacher"}
-    return "\n".join(f"{names[turn.role]}: {json.dumps(turn.text, ensure_ascii=False)}" for turn in turns)
+    return "\n".join(f"{names[turn.role]}: {encode_basestring(turn.text)}" for turn in turns)
 
 
 def _case(task: Task) -> dict[str, object]:
     assert task.facts is not None and task.facts.diagnosis is not None, f"{task.id}: no case facts"
-    clues = "\n".join(f"- {json.dumps(clue.text, ensure_ascii=False)}" for clue in task.facts.clues)
+    clues = "\n".join(f"- {encode_basestring(clue.text)}" for clue in task.facts.clues)
     return {"diagnosis": task.facts.diagnosis, "clues": clues or "(none named)"}
 
 

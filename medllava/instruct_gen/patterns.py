@@ -5,8 +5,27 @@ from __future__ import annotations
 import re
 
 
-def _any_of(*alternatives: str) -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{one})" for one in alternatives), re.IGNORECASE)
+class Wording:
+    """A pattern that is looked for only where it can be: in texts that hold one of the pieces ``needs``, of which every
+    match has one. Most texts hold none, and a piece is found many times faster than a pattern with alternatives."""
+
+    def __init__(self, pattern: str, needs: str) -> None:
+        self.pattern = re.compile(pattern, re.IGNORECASE)
+        self.needs = tuple(needs.split("|"))
+
+    def search(self, text: str) -> re.Match[str] | None:
+        if text.isascii():  # Beyond ASCII a letter may match another that lower() does not make the same.
+            plain = text.lower()
+            for piece in self.needs:
+                if piece in plain:
+                    break
+            else:
+                return None
+        return self.pattern.search(text)
+
+
+def _any_of(*alternatives: str, needs: str) -> Wording:
+    return Wording("|".join(f"(?:{one})" for one in alternatives), needs)
 
 
 _SOURCE = (
@@ -35,6 +54,9 @@ READS_CAPTION = _any_of(
     rf"\b(?:the|a)\s+{_PERSON}\s+{_PERSON_TELLS}\b",
     rf"\b(?:did|does|do|has)\s+(?:the|a)\s+{_PERSON}\s+(?:say|mention|point|state|describe|note|explain|circle)",
     r"\b(?:it|this)\s+(?:is|was)\s+(?:also\s+)?(?:stated|mentioned|narrated|pointed\s+out)\s+that\b",
+    needs="caption|transcri|narrat|remark|speaker|lecture|presenter|video|audio|recording|cursor|mouse|pointer|bounding"
+    "|description|text|information|input|note|passage|prompt|mentioned|described|stated|specified|pointed|pathologist"
+    "|expert|doctor|teacher|instructor",
 )
 """The writer speaks of the text it was given."""
 
@@ -45,6 +67,7 @@ REFUSES = _any_of(
     r"\bI (?:cannot|can't|can not|do not|don't) (?:actually )?(?:see|have|have access to) (?:the|this|any|an) "
     r"(?:actual )?images?\b",
     r"\b(?:image|picture) (?:was|is|has) not (?:been )?(?:provided|given|attached|supplied|available)\b",
+    needs="as a|sorry|able|cannot|can't| not|don't",
 )
 """The writer speaks as a program that cannot see."""
 
@@ -54,6 +77,7 @@ COORDINATES = _any_of(
     r"\b[xy][12]?\s*[=:≈~]\s*-?\d*\.?\d",
     r"\b[xy][- ](?:coordinates?|axis|position)\b|\bcoordinates?\b|\bnormali[sz]ed (?:position|location)s?\b",
     r"(?<![\d.])0?\.\d{1,3}\s*,\s*0?\.\d{1,3}(?![\d%])",
+    needs="[|(|=|:|≈|~|,|coordinate|axis|position|location",
 )
 
 _WRITTEN_ON = (
@@ -68,6 +92,8 @@ TEXT_IN_IMAGE = _any_of(
     r"\b(?:magnification|(?:case|slide|accession) number)\s+(?:is\s+)?(?:written|printed|displayed|on\s+the\s+label)",
     r"\b(?:read|see|make\s+out)\s+(?:the|any)\s+(?:text|words?|letters|writing|lettering)\b",
     rf"\bthe\s+(?!caption){_WRITTEN_ON}\s+(?:says|reads|states)\b|\breads?\s+the\s+(?:text|{_WRITTEN_ON})\b",
+    needs="text|word|letter|website|url|channel|logo|watermark|title|email|number|name|label|sign|caption|scale|stamp"
+    "|annotation|overlay|heading|banner|writ|print|typed|display",
 )
 """Something written in the picture is asked for or told."""
 
@@ -78,6 +104,7 @@ SPEECH_NOISE = _any_of(
     r"\blike and (?:share|subscribe|comment)\b|\blike (?:button|this video)\b",
     r"[\[(*♪]\s*(?:upbeat |soft |intro )?(?:music|applause|laughter)|♪",
     r"\bpatreon\b|\bsubtitles by\b|\bcaptions? by\b|\bamara\.org\b|\bwww\.\w|\bhttps?:",
+    needs="tube|subscri|thank|next|hit the|like |music|applause|laughter|♪|patreon|subtitle|caption|amara|www.|http",
 )
 """What speech recognition hears in silence, music and greetings."""
 
@@ -111,6 +138,8 @@ INSTRUCTION = _any_of(
     r"\bnew\s+(?:instructions?|task|system)\s*:",
     r"<\|?\s*/?\s*(?:im_start|im_end|system|user|assistant|endoftext|inst)\b|\[/?(?:inst|sys(?:tem)?)\]",
     r"###\s*(?:system|instruction|user|assistant)\b|\bend of (?:the )?(?:prompt|system message|instructions)\b",
+    needs="ignore|disregard|forget|override|bypass|neglect|follow|attention|note|message|memo|inst|you are no|act"
+    "|behave|respond|pretend|sys|developer|jailbr|prompt|language|reply|answer|output|print|return|task|<|#",
 )
 """Words of a transcript that speak to a model."""
 

@@ -42,7 +42,7 @@ _FUNCTION_WORDS = _words(
 
 def normalised(text: str) -> str:
     """Lower-case words parted by single spaces: no punctuation, hyphens as spaces, American spelling."""
-    plain = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
+    plain = (text if text.isascii() else unicodedata.normalize("NFKC", text)).lower().replace("’", "'")
     for british, american in _SPELLINGS:
         plain = plain.replace(british, american)
     return " ".join(_WORD.findall(plain))

@@ -17,6 +17,7 @@ from medllava.errors import ServiceError
 
 Item = TypeVar("Item")
 
+_encode_sorted = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 _PIECE = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
 
 
@@ -56,7 +57,7 @@ class Request:
             "model": self.model, "messages": self.messages, "schema": self.schema,
             "sampling": self.sampling.model_dump(mode="json", exclude_none=True),
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        return hashlib.sha256(_encode_sorted(parts).encode()).hexdigest()
 
 
 class Reply(BaseModel):

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import random
 import re
+from re import _constants as constants
+from re import _parser as parser
 
 import pytest
 
 from medllava.conversation import Turn
 from medllava.geometry import Box
-from medllava.instruct_gen import diagnoses, wording
+from medllava.instruct_gen import diagnoses, patterns, wording
 from medllava.instruct_gen.duplicates import NearDuplicates
 from medllava.instruct_gen.gates import Background, first_fault
 from medllava.instruct_gen.records import CaseFacts, Clue, GroundedCaption, Phrase
@@ -93,6 +95,39 @@ def test_near_duplicates_are_found_within_an_image_only():
     assert seen.fault("3", "a.png", turns(*pairs[1], *pairs[0])).startswith("near-duplicate: 1.00 like sample 1")
     assert seen.fault("3", "a.png", turns("WHERE is the gland?", *pairs[0][1:], *pairs[1])).startswith("near")
     assert seen.fault("3", "a.png", turns(*pairs[0], "What is in the lower left?", "Adipose.")) is None
+
+
+def has_one(tree, needs) -> bool:
+    """Whether every match of a parsed pattern holds one of the pieces."""
+    run = ""
+    for kind, what in [*tree, (None, None)]:
+        if kind is constants.LITERAL:
+            run += chr(what).lower()
+            continue
+        if any(piece in run for piece in needs):
+            return True
+        run = ""
+        inner = {
+            constants.BRANCH: lambda what: what[1], constants.SUBPATTERN: lambda what: [what[3]],
+            constants.MAX_REPEAT: lambda what: [what[2]] if what[0] else [[]],
+            constants.MIN_REPEAT: lambda what: [what[2]] if what[0] else [[]],
+            constants.IN: lambda what: [[one] for one in what],
+        }.get(kind, lambda what: [[]])
+        if kind is not None and all(has_one(part, needs) for part in inner(what)):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", [name for name, one in vars(patterns).items() if isinstance(one, patterns.Wording)])
+def test_no_pattern_matches_without_one_of_its_pieces(name):
+    wanted = getattr(patterns, name)
+    assert has_one(parser.parse(wanted.pattern.pattern, re.IGNORECASE), wanted.needs)
+    assert not has_one(parser.parse(wanted.pattern.pattern, re.IGNORECASE), ["zzz"])
+
+
+def test_letters_beyond_ascii_are_not_missed():
+    assert patterns.SPEECH_NOISE.search("the \u017fubscribe button")  # A long s: lower() leaves it as it is.
+    assert patterns.SPEECH_NOISE.search("\u212a \u266a")
 
 
 WORDS = """

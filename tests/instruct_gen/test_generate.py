@@ -234,6 +234,69 @@ def test_a_second_run_asks_nothing(tmp_path, captions, teacher):
     assert len(teacher.asked) == calls + 12, "only the new samples are asked for"
 
 
+def test_a_finished_run_is_left_alone_until_something_changes(tmp_path, captions, teacher, capsys):
+    out = tmp_path / "out"
+
+    def again(*more):
+        before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.json*")}
+        capsys.readouterr()
+        assert run(captions, out, teacher, *more) == 0
+        after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.json*")}
+        said = capsys.readouterr().out
+        assert "conversation                   24" in said
+        assert (before == after) == ("finished before" in said)
+        return before == after
+
+    run(captions, out, teacher)
+    results, calls = written(out), len(teacher.asked)
+    assert again() and again("--concurrency", 3)
+    for name in RESULTS:
+        (out / name).unlink()
+        assert not again() and again()
+        (out / name).write_bytes(b" " + results[name])
+        assert not again() and again()
+    for broken in ("", "{}", "[]", '{"made_of": 1, "results": 2}'):
+        (out / "finished.json").write_text(broken)
+        assert not again() and again()
+    assert written(out) == results and len(teacher.asked) == calls
+    assert not again("val_fraction=0.5") and again("val_fraction=0.5") and not again()
+    with (out / "replies.jsonl").open("a") as file:
+        file.write((out / "replies.jsonl").read_text().splitlines()[0] + "\n")
+    assert not again() and again()
+    rows = [GroundedCaption.model_validate(row) for _, row in read_rows(captions)]
+    write_records(captions, [rows[0].model_copy(update={"image": "frames/other.png"}), *rows[1:]])
+    assert not again() and again()
+
+
+def test_results_not_all_there_are_not_called_finished(tmp_path, captions, teacher):
+    teacher.fault = lambda number, messages: (400, {}) if "Task: description" in messages[0]["content"] else None
+    assert run(captions, tmp_path / "out", teacher) == 0
+    assert not (tmp_path / "out/finished.json").exists()
+    teacher.fault = lambda number, messages: None
+    calls = len(teacher.asked)
+    assert run(captions, tmp_path / "out", teacher) == 0 and len(teacher.asked) == calls + 12
+
+
+def test_a_run_killed_while_it_writes_its_results_is_gone_on_with(tmp_path, captions, teacher):
+    out = tmp_path / "out"
+    run(captions, out, teacher)
+    whole = written(out) | {"finished.json": (out / "finished.json").read_bytes()}
+    code = (
+        "import sys, os, argparse; from pathlib import Path; from medllava.instruct_gen import generate as g\n"
+        "places, replace = int(sys.argv.pop(1)), Path.replace\n"
+        "def moved(self, to):\n    global places; places -= 1\n"
+        "    if places < 0: os.kill(os.getpid(), 9)\n    return replace(self, to)\n"
+        "Path.replace = moved; p = argparse.ArgumentParser(); g.configure(p)\n"
+        "sys.exit(g.run(p.parse_args(sys.argv[1:])))"
+    )
+    for places in (0, 3, 6, 8):
+        more = [str(places), *arguments(captions, out, teacher, "kinds.conversation.per_caption=1")]
+        died = subprocess.run([sys.executable, "-c", code, *more], capture_output=True, cwd=ROOT)
+        assert died.returncode == -signal.SIGKILL
+        assert run(captions, out, teacher) == 0
+        assert {name: (out / name).read_bytes() for name in whole} == whole
+
+
 def test_killed_runs_go_on_and_pay_nothing_twice(tmp_path, captions, teacher):
     teacher.delay_s = 0.02
     more = ("--concurrency", 4)

@@ -1,0 +1,64 @@
+"""Whether a run of ``generate`` is finished already: by digests of all it was made of and of all it wrote.
+
+OUT/finished.json is written last, and only where no reply is absent. Where everything still has the digest that stands
+there, the same command would write the same bytes again, so it need not. A file that was lost or edited, a reply that
+came since, another recipe or prompt, and another version of this program each make the run take place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import medllava
+from medllava.errors import DataError
+from medllava.instruct_gen.asking import Plan
+from medllava.jsonl import read_json, write_json
+
+NOTE = "finished.json"
+REPLIES = "replies.jsonl"
+_JUDGES = ("datasketch", "pydantic", "rapidfuzz")
+"""Packages whose version may decide over a sample."""
+
+
+def write_note(plan: Plan, out: Path, results: Sequence[str]) -> None:
+    """Note that ``results``, files of ``out``, are all that there is to be made."""
+    write_json(out / NOTE, {"made_of": _made_of(plan, out), "results": {name: _digest(out / name) for name in results}})
+
+
+def is_finished(plan: Plan, out: Path) -> bool:
+    """Whether ``out`` holds what a run would write into it."""
+    if not (out / NOTE).is_file():
+        return False
+    try:
+        note = read_json(out / NOTE)
+        return bool(
+            note["made_of"] == _made_of(plan, out)
+            and all(_digest(out / name) == digest for name, digest in note["results"].items())
+        )
+    except (OSError, DataError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _made_of(plan: Plan, out: Path) -> dict[str, str]:
+    captions, program = hashlib.sha256(), hashlib.sha256()
+    for caption in plan.captions:  # As the teacher sees them: what was redacted, and how, counts.
+        captions.update(caption.model_dump_json().encode() + b"\n")
+    for source in sorted(Path(medllava.__file__).parent.rglob("*.py")):
+        program.update(source.read_bytes())
+    for package in _JUDGES:
+        program.update(metadata.version(package).encode())
+    # Neither where the prompts lie nor how many calls are in flight changes a sample.
+    recipe = plan.recipe.model_dump_json(exclude={"prompts", "concurrency"})
+    prompts = "".join(f"{name} {prompt.hash}\n" for name, prompt in plan.prompts.items())
+    return {
+        "captions": captions.hexdigest(), "recipe": hashlib.sha256((recipe + prompts).encode()).hexdigest(),
+        "replies": _digest(out / REPLIES), "program": program.hexdigest(),
+    }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -189,15 +189,19 @@ def test_no_request_is_kept_once_it_is_over(start_worker: Any, wait: Wait) -> No
         gc.collect()
         return sum(type(thing) is Ticket for thing in gc.get_objects())
 
+    def leave(worker: Any) -> None:
+        body = {"model": "scripted", "messages": STORY, "max_tokens": 3000, "stream": True}
+        with httpx.stream("POST", f"{worker.url}/v1/chat/completions", json=body, timeout=20) as reply:
+            next(reply.iter_lines())
+
     before, threads = tickets(), threading.active_count()
     worker = start_worker(limits=Limits(max_batch=4))
-    body = {"model": "scripted", "messages": STORY, "max_tokens": 3000, "stream": True}
     with ThreadPoolExecutor(12) as pool:
         for number in range(12):
             if number % 3:
                 pool.submit(ask, worker, [HELLO, [{"role": "user", "content": "too much memory"}]][number % 2])
-            else:  # leaves
-                pool.submit(httpx.post, f"{worker.url}/v1/chat/completions", json=body, timeout=0.5)
+            else:
+                pool.submit(leave, worker)
     wait(lambda: httpx.get(f"{worker.url}/health").json()["answering"] == 0)
     wait(lambda: tickets() == before)
     worker.stop()

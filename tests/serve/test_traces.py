@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from medllava.images import load_image, to_data_uri
+
+Start = Callable[..., "subprocess.Popen[str]"]
 
 SECRET = "Does Mrs Zyxwv-4711 have a gland here?"
 
@@ -46,43 +50,51 @@ sys.addaudithook(_watch)
 """
 
 
-@pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+@contextmanager
+def watching(place: Path) -> Iterator[Start]:
     """Start commands that note each file they open for writing and each address they connect to, in ``watched.log``;
     in a folder and a home of their own."""
-    site, home = tmp_path / "site", tmp_path / "home"
-    for folder in (site, home, tmp_path / "here", tmp_path / "temporary"):
+    site, home = place / "site", place / "home"
+    for folder in (site, home, place / "here", place / "temporary"):
         folder.mkdir()
     (site / "sitecustomize.py").write_text(WATCH)
-    (tmp_path / "watched.log").touch()
+    (place / "watched.log").touch()
     processes: list[subprocess.Popen[str]] = []
     repository = str(Path(__file__).resolve().parents[2])
     environment = {
-        **os.environ, "PYTHONPATH": f"{site}:{repository}", "WATCH_LOG": str(tmp_path / "watched.log"),
-        "HOME": str(home), "TMPDIR": str(tmp_path / "temporary"), "XDG_CACHE_HOME": str(home / ".cache"),
+        **os.environ, "PYTHONPATH": f"{site}:{repository}", "WATCH_LOG": str(place / "watched.log"),
+        "HOME": str(home), "TMPDIR": str(place / "temporary"), "XDG_CACHE_HOME": str(home / ".cache"),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
 
     def run(module: str, *arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"medllava.serve.{module}", *arguments], text=True, cwd=tmp_path / "here",
+            [sys.executable, "-m", f"medllava.serve.{module}", *arguments], text=True, cwd=place / "here",
             stdout=subprocess.PIPE, stderr=stderr, env=environment,
         )
         processes.append(process)
         return process
 
-    yield run
-    for process in processes:
-        process.kill()
-        process.communicate()
+    try:
+        yield run
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture
-def slide(tmp_path: Path) -> Path:
+def watched(tmp_path: Path) -> Iterator[Start]:
+    with watching(tmp_path) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A picture with a name and a note that must not be found anywhere else."""
     notes = PngInfo()
     notes.add_text("Comment", "Zyxwv-4711")
-    path = tmp_path / "Zyxwv-4711.png"
+    path = tmp_path_factory.mktemp("slide") / "Zyxwv-4711.png"
     values = np.random.default_rng(4711).integers(0, 255, (120, 160, 3), dtype=np.uint8)
     Image.fromarray(values).save(path, pnginfo=notes)
     return path
@@ -124,37 +136,51 @@ def chat(watched: Any, tiny: Path, slide: Path, folder: Path) -> tuple[str, list
     return uri, logs
 
 
+@dataclass(frozen=True)
+class Chatted:
+    """A chat that is over: its picture as it was sent, what the commands logged, their folder, and when it began."""
+
+    uri: str
+    logs: list[str]
+    place: Path
+    began: float
+
+
+@pytest.fixture(scope="module")
+def chatted(tiny: Path, slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Chatted:
+    began, place = time.time(), tmp_path_factory.mktemp("watched")
+    with watching(place) as start:
+        return Chatted(*chat(start, tiny, slide, tmp_path_factory.mktemp("client")), place, began)
+
+
 def test_after_a_chat_nothing_on_disk_or_in_a_log_holds_it(
-    watched: Any, tiny: Path, slide: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, holding: Any
+    chatted: Chatted, slide: Path, tmp_path: Path, holding: Any
 ) -> None:
-    began = time.time()
-    uri, logs = chat(watched, tiny, slide, tmp_path_factory.mktemp("client"))
+    uri, logs, place, began = chatted.uri, chatted.logs, chatted.place, chatted.began
     pixels = base64.b64decode(uri.partition(",")[2])
     signs = [b"Zyxwv", b"Mrs ", pixels[3000:3040], uri[3000:3040].encode(), slide.read_bytes()[3000:3040]]
     assert any("chatcmpl" in log for log in logs)
     for log in logs:
         assert not any(sign in log.encode() for sign in signs), log
-    roots = [*(Path(place) for place in ("/tmp", "/dev/shm", "/var/tmp", Path.home())), tmp_path]
+    roots = [*(Path(place) for place in ("/tmp", "/dev/shm", "/var/tmp", Path.home())), place]
     found = holding(signs[:1] + signs[2:], roots, began)
     assert {path for path in found if path.suffix != ".py"} - {slide} == set()
     (tmp_path / "leak").write_bytes(b".." + pixels[2900:3100])
     assert tmp_path / "leak" in holding(signs[:1] + signs[2:], [tmp_path], began)  # the search finds what it looks for
     # Not even for a moment: no process opened a file for writing, but Gradio's folder, the list of fonts of a library
     # of Gradio's, and the files of random names with which Python tries a folder for temporary files.
-    written = {line.partition(" ")[2] for line in (tmp_path / "watched.log").read_text().splitlines() if "open" in line}
+    written = {line.partition(" ")[2] for line in (place / "watched.log").read_text().splitlines() if "open" in line}
     assert [name for name in written if "Zyxwv" in name] == []
     allowed = re.compile(r"'/dev/null'|\d+|.*/medllava-web-.*|.*/\.cache/matplotlib/.*|'.*/temporary/[a-z0-9_]{8}'")
     assert [name for name in written if not allowed.fullmatch(name)] == []
-    assert list((tmp_path / "here").rglob("*")) == []
-    assert [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()] == []
+    assert list((place / "here").rglob("*")) == []
+    assert [path for path in (place / "temporary").rglob("*") if path.is_file()] == []
 
 
-def test_nothing_is_asked_of_a_network(
-    watched: Any, tiny: Path, slide: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_nothing_is_asked_of_a_network(chatted: Chatted) -> None:
     """A connection to anywhere else is refused and noted."""
-    chat(watched, tiny, slide, tmp_path_factory.mktemp("client"))
-    asked = {line.split()[1] for line in (tmp_path / "watched.log").read_text().splitlines() if line.startswith("conn")}
+    log = (chatted.place / "watched.log").read_text().splitlines()
+    asked = {line.split()[1] for line in log if line.startswith("conn")}
     assert asked and asked <= {"127.0.0.1", "::1", "localhost"}
 
 

@@ -42,7 +42,8 @@ def _head(width: float, height: float, title: str) -> str:
     )
 
 
-_PALETTE = ("#1f4e9c", "#e08a2e", "#1a7f45", "#8a4fa8", "#c1272d", "#4d8fac", "#7a6a3a")
+PALETTE = ("#1f4e9c", "#e08a2e", "#1a7f45", "#8a4fa8", "#c1272d", "#4d8fac", "#7a6a3a")
+"""Colours of runs and metrics, in turn."""
 
 
 def category_chart(values: dict[str, dict[str, Metric]]) -> str:
@@ -66,7 +67,7 @@ def dot_chart(lines: dict[str, dict[str, Metric]], title: str) -> str:
         for number, (name, metric) in enumerate(found.items()):
             if metric.value is None:
                 continue
-            middle, colour = y + number * _BAR + _BAR / 2, _PALETTE[names.index(name) % len(_PALETTE)]
+            middle, colour = y + number * _BAR + _BAR / 2, PALETTE[names.index(name) % len(PALETTE)]
             end = _x(metric.value)
             if metric.low is not None and metric.high is not None:
                 end = max(end, _x(metric.high))
@@ -83,7 +84,7 @@ def dot_chart(lines: dict[str, dict[str, Metric]], title: str) -> str:
     legend, x = [], 24.0
     for number, name in enumerate(names):
         legend.append(
-            f'<circle cx="{x + 4}" cy="16" r="4" fill="{_PALETTE[number % len(_PALETTE)]}"/>'
+            f'<circle cx="{x + 4}" cy="16" r="4" fill="{PALETTE[number % len(PALETTE)]}"/>'
             f'<text x="{x + 13}" y="20" fill="#333c48">{escape(name)}</text>'
         )
         x += 34 + 6.6 * len(name)

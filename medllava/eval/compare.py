@@ -2,7 +2,8 @@
 
 Runs are folders of answers (answers.jsonl, questions.jsonl) or answers files. Only questions that two runs share are
 compared, each with itself; the p-value is that of a sign-flip permutation test over groups (videos or cases), the
-interval that of a bootstrap over groups. With --out, writes compare.json, compare.md, compare.tex and compare.html.
+interval that of a bootstrap over groups. With --out, writes compare.json, compare.md, compare.tex and compare.html,
+which also shows questions that one run has right and another has not, with their pictures.
 
 example:
   medllava eval compare answers-base answers-tuned --out compared
@@ -13,21 +14,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medllava.errors import ConfigError, DataError
-from medllava.eval.records import Metric, Report
+from medllava.eval.records import Metric, Question, Report
 
 if TYPE_CHECKING:
     from medllava.eval.metrics import Row
+    from medllava.geometry import Box
 
 HELP = "several runs side by side, with paired tests"
 
 FLIPS = 10_000
+MOST_SHOWN = 60
+"""Questions on which the runs disagree that compare.html shows."""
+MOST_BYTES = 10_000_000
+"""Of their pictures, each counted once."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +50,35 @@ class Paired:
 
 @dataclass(frozen=True)
 class Run:
+    """``texts``: the answers on real pictures, by question id."""
+
     name: str
     report: Report
     rows: list[Row]
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A question that some run has right and another has not; for each run what came of it, its answer and its box."""
+
+    question: Question
+    outcomes: tuple[str, ...]
+    texts: tuple[str, ...]
+    boxes: tuple[Box | None, ...]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of answers, or answers.jsonl files; two or more")
     parser.add_argument("--names", nargs="+", help="what to call them (default: their folders' names)")
     parser.add_argument("--questions", "--gt", dest="questions", type=Path, help="one question file for all runs")
+    parser.add_argument("--images", type=Path, help="folder of the pictures (default: the first run's)")
     parser.add_argument("--out", type=Path, help="folder for compare.json, .md, .tex and .html")
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and permutations; default 0")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from medllava.eval.score import score_files
+    from medllava.eval.provenance import read_run
     from medllava.jsonl import atomic_write, write_json
 
     if len(arguments.runs) < 2:
@@ -68,10 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     names = arguments.names or _names(files)
     if len(names) != len(files) or len(set(names)) < len(names):
         raise ConfigError(f"--names: give {len(files)} different names")
-    runs = [
-        Run(name, *score_files(file, arguments.questions, seed=arguments.seed))
-        for name, file in zip(names, files, strict=True)
-    ]
+    runs = [_run_of(name, file, arguments) for name, file in zip(names, files, strict=True)]
     tests = {run.name: compare(runs[0].rows, run.rows, seed=arguments.seed) for run in runs[1:]}
     shared = {name: max((test.n for test in found.values()), default=0) for name, found in tests.items()}
     for name, count in shared.items():
@@ -85,12 +101,22 @@ def run(arguments: argparse.Namespace) -> int:
             "paired": {name: {key: asdict(test) for key, test in found.items()} for name, found in tests.items()},
             "first": runs[0].name, "seed": arguments.seed, "permutations": FLIPS,
         })
+        images = arguments.images or Path(read_run(files[0]).get("images", files[0].parent))
         for file_name, content in (
-            ("compare.md", text), ("compare.tex", as_latex(runs, tests)), ("compare.html", as_html(runs, tests)),
+            ("compare.md", text), ("compare.tex", as_latex(runs, tests)),
+            ("compare.html", as_html(runs, tests, images)),
         ):
             with atomic_write(arguments.out / file_name) as file:
                 file.write(content)
     return 0
+
+
+def _run_of(name: str, file: Path, arguments: argparse.Namespace) -> Run:
+    from medllava.eval.score import read_answers, score_files
+
+    report, rows = score_files(file, arguments.questions, seed=arguments.seed)
+    texts = {answer.question_id: answer.text for answer in read_answers(file) if answer.condition == "real"}
+    return Run(name, report, rows, texts)
 
 
 def _names(files: Sequence[Path]) -> list[str]:
@@ -236,34 +262,46 @@ def _told(value: object) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def as_html(runs: Sequence[Run], tests: dict[str, dict[str, Paired]]) -> str:
-    """One page that asks nothing of any network: a plot, tables, and what made each run."""
-    from medllava.eval.chart import dot_chart
+def disagreements(runs: Sequence[Run]) -> list[Disagreement]:
+    """The questions, on their own pictures and scored in every run, that one run has right and another has not, in the
+    order of the first run's file."""
+    from medllava.eval.gallery import outcome
+    from medllava.eval.vqa import first_box
 
-    def rows(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-        cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-        lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-        return f"<table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
+    real = [{row.question.id: row for row in run.rows if row.condition == "real" and row.scores} for run in runs]
+    found = []
+    for name, first in real[0].items():
+        rows = [by_id[name] for by_id in real if name in by_id]
+        outcomes = [outcome(row) for row in rows]
+        if len(rows) < len(runs) or len({each == "right" for each in outcomes}) < 2:
+            continue
+        texts = [run.texts.get(name, "") for run in runs]
+        boxes = [first_box(text) if first.question.kind == "box" else None for text in texts]
+        found.append(Disagreement(first.question, tuple(outcomes), tuple(texts), tuple(boxes)))
+    return found
 
-    notes = "".join(f"<li>{escape(run.name)}: {escape(note)}</li>" for run in runs for note in run.report.notes)
+
+def as_html(
+    runs: Sequence[Run], tests: dict[str, dict[str, Paired]], images: Path, *, most: int = MOST_SHOWN
+) -> str:
+    """One page that asks nothing of any network: a plot, tables, ``most`` of the questions on which the runs disagree
+    with their pictures from the folder ``images``, and what made each run."""
+    from medllava.eval.chart import PALETTE, dot_chart
+    from medllava.eval.gallery import small_pictures
+    from medllava.eval.report import environment
+
     chart = dot_chart(
         {name: {run.name: run.report.metrics[name] for run in runs if name in run.report.metrics}
          for name in _metrics(runs)}, "Scores of all runs",
     )
-    made = rows(["", *(run.name for run in runs)], [
-        [key, *(_told(run.report.provenance.get(key)) for run in runs)]
-        for key in dict.fromkeys(key for run in runs for key in run.report.provenance)
-    ])
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Runs side by side</title><style>'
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:24px auto;padding:0 16px}"
-        "table{border-collapse:collapse;width:100%;margin-bottom:32px}"
-        "td,th{padding:6px 10px;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}"
-        "td:first-child,th:first-child{text-align:left}svg{max-width:860px}"
-        ".made td{white-space:normal;overflow-wrap:anywhere;font:12px ui-monospace,monospace;vertical-align:top}"
-        "</style></head><body><h1>Runs side by side</h1>"
-        + chart
-        + rows(["metric", *(run.name for run in runs)], _rows(runs)) + "<h2>Paired differences</h2>"
-        + rows(_TEST_HEAD, _test_rows(runs, tests)) + (f"<ul>{notes}</ul>" if notes else "")
-        + f'<details class="made"><summary>How the answers were made</summary>{made}</details></body></html>\n'
-    )
+    every = disagreements(runs)
+    # Evenly from all of them: a question file often has one kind after the other.
+    shown = [every[place * len(every) // most] for place in range(most)] if len(every) > most else every
+    names = list(dict.fromkeys(each.question.image for each in shown if each.question.image))
+    return str(environment().get_template("compare.html").render(
+        runs=runs, chart=chart.replace("<svg ", '<svg class="chart" ', 1), colours=PALETTE,
+        scores=_rows(runs), test_head=_TEST_HEAD, tests=_test_rows(runs, tests),
+        shown=shown, disagree=len(every), pictures=small_pictures(names, images, MOST_BYTES),
+        made=[[key, *(_told(run.report.provenance.get(key)) for run in runs)]
+              for key in dict.fromkeys(key for run in runs for key in run.report.provenance)],
+    ))

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medllava.errors import ConfigError, DataError
 from medllava.eval import __main__ as commands
 from medllava.eval.compare import sign_flip
 from medllava.eval.latex import escape
 from medllava.eval.records import Answer, Question
+from medllava.geometry import Box
 from medllava.jsonl import write_records
 
 
@@ -44,7 +46,36 @@ def test_two_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
     latex = (tmp_path / "out" / "compare.tex").read_text()
     assert r"better\_one" in latex and "$^*$" in latex
     page = (tmp_path / "out" / "compare.html").read_text()
-    assert "better_one" in page and "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "better_one" in page and "http:" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_the_page_shows_where_the_runs_disagree(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), "pink").save(tmp_path / "p.png")
+    box = Box(x1=0.2, y1=0.2, x2=0.6, y2=0.6)
+    hostile = "<script>alert(1)</script>"
+    for name in ("a", "b"):
+        right = name == "a"
+        write_records(tmp_path / name / "questions.jsonl", [
+            Question(id="open", image="gone.png", question="What?", kind="open", answer="bone", group="h"),
+            *(Question(id=f"q{n}", image="p.png", question="Which box?", kind="box", answer="", box=box, group=f"g{n}")
+              for n in range(100)),
+        ])
+        write_records(tmp_path / name / "answers.jsonl", [
+            Answer(question_id=f"q{n}", text="[0.2, 0.2, 0.6, 0.6]" if right or n % 10 == 0 else "[0.7, 0.7, 0.9, 0.9]",
+                   model="m")
+            for n in range(100)
+        ] + [Answer(question_id="open", text="bone" if right else hostile, model="m")])
+    runs = [str(tmp_path / name) for name in ("a", "b")]
+    out = tmp_path / "out"
+    assert commands.main(["compare", *runs, "--images", str(tmp_path), "--out", str(out)]) == 0
+    page = (out / "compare.html").read_text()
+    assert "91 questions are right in one run and not in another; 60 of them" in page
+    assert page.count('<article class="card">') == 60
+    assert page.count("<rect ") == 3 * 59, "reference and two answers for each box question"
+    assert "&lt;script&gt;alert(1)" in page and "<script" not in page and page.count("data:image") == 59
+    assert commands.main(["compare", *runs[::-1], "--images", str(tmp_path / "gone"), "--out", str(out)]) == 0
+    page = (out / "compare.html").read_text()
+    assert "data:image" not in page and page.count('<article class="card">') == 60
 
 
 def test_only_shared_questions_are_compared_and_the_rest_is_told(

@@ -5,12 +5,12 @@ faults that are kept on purpose:
 
 - ``quilt_eval``: an answer without the words no or not is "yes", so silence and refusals are; "not uncommon" is "no".
   "Exact match" is the number of distinct reference words in the answer over all words of the answer. Only the first 32
-  full stops of a text are removed in each of two passes.
+  full stops of a text are removed in each of two passes. A set without closed questions has a yes/no accuracy of 0.
 - ``pmc_eval``: a lone capital anywhere is taken for the option, so "The answer is B" is option T.
 - both: an anchor file of another model's answers cuts each answer to that answer's length.
 - ``quilt_gpt_summarize``: failed judgements (-1) are averaged in.
 
-One fault is not kept: a set without open or without closed questions gives None for them instead of stopping.
+One fault is not kept: a set without open questions gives None for them instead of stopping.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def quilt_eval(
     names = ("exact_match", "f1", "precision", "recall")
     return {
         **{name: _percent(column) for name, column in zip(names, columns, strict=True)},
-        "yes_no_accuracy": _percent(hits), "n_open": len(open_scores), "n_closed": len(hits),
+        "yes_no_accuracy": _percent(hits) if hits else 0.0, "n_open": len(open_scores), "n_closed": len(hits),
     }
 
 

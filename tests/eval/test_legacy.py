@@ -98,7 +98,7 @@ def test_open_scores_by_hand() -> None:
     assert found["exact_match"] == pytest.approx(100 / 3)
     assert found["precision"] == pytest.approx(200 / 3)
     assert found["recall"] == 100
-    assert found["yes_no_accuracy"] is None
+    assert found["yes_no_accuracy"] == 0.0, "as the original prints it"
     assert quilt_eval(truth, [{"text": "gland gland vessel"}], [{"text": "x----"}])["f1"] == 0
 
 
@@ -155,6 +155,9 @@ def test_where_the_original_stops(name: str, tmp_path: Path) -> None:
     if ODD[name]["returncode"]:
         assert found["f1"] is None and found["yes_no_accuracy"] is not None
         return
-    for key in ("f1", "precision", "recall"):
-        shown = re.search(rf"{key}(?: score)?\s+([\d.]+)", ODD[name]["stdout"])
+    for key, title in (
+        ("exact_match", "exact match score"), ("f1", "f1 score"), ("precision", "precision"), ("recall", "recall"),
+        ("yes_no_accuracy", "yes/no accuracy"),
+    ):
+        shown = re.search(rf"{title}\s+([\d.]+)", ODD[name]["stdout"])
         assert shown is not None and found[key] == pytest.approx(float(shown.group(1)), abs=1e-3)

@@ -45,16 +45,12 @@ class Model:
 
 @dataclass(frozen=True)
 class WorkerState:
-    """What a worker says about itself. ``detail`` is for people; ``models`` is all that it serves, ``model`` first;
-    ``regions``, ``mpp`` and ``image_size`` are those of ``model``."""
+    """What a worker says about itself. ``detail`` is for people; ``models`` is all that it serves, ``model`` first."""
 
     url: str
     status: Literal["ready", "loading", "unreachable"]
     model: str | None
     detail: str
-    regions: tuple[str, ...] = ("text",)
-    mpp: float | None = None
-    image_size: int | None = None
     models: tuple[Model, ...] = ()
 
 
@@ -110,10 +106,7 @@ class Worker:
         names = [str(name) for name in health.get("models") or [model]]
         if [known.name for known in self._models] != names:
             self._models = await self._known(names)
-        first = self._models[0]
-        return WorkerState(
-            self.url, "ready", str(model), line, first.regions, first.mpp, first.image_size, self._models
-        )
+        return WorkerState(self.url, "ready", str(model), line, self._models)
 
     async def _health(self) -> dict[str, Any]:
         """What ``/health`` says; of vLLM and SGLang, which only say there that they are well, the first model."""

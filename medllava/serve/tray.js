@@ -1,7 +1,7 @@
 // Under the viewer: the pictures of the conversation, and regions loaded from a GeoJSON file. Names in such a file are
 // untrusted and become text only. Gradio runs this with `element`, `props`, `trigger`, `watch`. Python sets:
 //   pictures  thumbnails as data URIs    shown  number of the one in the viewer, or null
-//   regions   [{name, colour}, ...] of the shown picture    chosen  number of the one to ask about, or null
+//   regions   [{name, colour}, ...] of the shown picture
 const find = (selector) => element.querySelector(selector);
 const MAX_BYTES = 50e6;
 
@@ -18,10 +18,6 @@ function buttons(box, items, fill) {
   }));
 }
 
-function press(box, number) {
-  [...box.children].forEach((node, n) => node.setAttribute("aria-pressed", String(n === number)));
-}
-
 function show() {
   const pictures = find(".pictures");
   buttons(pictures, props.pictures || [], (node, uri, number) => {
@@ -33,14 +29,13 @@ function show() {
     node.append(Object.assign(document.createElement("span"), { textContent: number + 1 }));
   });
   pictures.hidden = (props.pictures || []).length < 2;
-  press(pictures, props.shown);
+  [...pictures.children].forEach((node, n) => node.setAttribute("aria-pressed", String(n === props.shown)));
   const list = find(".list");
   buttons(list, props.regions || [], (node, region) => {
     const dot = document.createElement("i");
     dot.style.background = region.colour;
     node.append(dot, region.name);
   });
-  press(list, props.chosen);
   find(".regions").hidden = props.shown === null || props.shown === undefined;
   list.hidden = find(".forget").hidden = !(props.regions || []).length;
 }
@@ -63,5 +58,5 @@ chooser.addEventListener("change", async () => {
   if (file.size > MAX_BYTES) trigger("refused", { megabytes: Math.round(file.size / 1e6) });
   else trigger("loaded", { text: await file.text() });
 });
-watch(["pictures", "shown", "regions", "chosen"], show);
+watch(["pictures", "shown", "regions"], show);
 show();

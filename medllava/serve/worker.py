@@ -137,8 +137,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import uvicorn
 
-        from medllava.serve.app import Limits, create_app
+        from medllava.serve.app import create_app
         from medllava.serve.fetch import parse_hosts
+        from medllava.serve.intake import Limits
     except ImportError as error:
         raise MissingExtraError("fastapi and uvicorn", "serve", error) from error
 

@@ -35,8 +35,9 @@ from medllava.model.decoding import Completion, TokenLogprob
 from medllava.model.looking import Looking
 from medllava.model.tiny import tiny_checkpoint
 from medllava.phantom.tissue import Finding, render_tissue, sample_stain
-from medllava.serve.app import Limits, create_app
+from medllava.serve.app import create_app
 from medllava.serve.client import Worker
+from medllava.serve.intake import Limits
 
 PAUSE_S = 0.02
 

@@ -16,7 +16,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from medllava.images import load_image, to_data_uri
-from medllava.serve.app import Limits
+from medllava.serve.intake import Limits
 from medllava.serve.tiles import ShownSlide
 from medllava.slides import Slide
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from medllava.serve.client import Worker
+from medllava.serve.client import Model, Worker
 
 
 def test_a_server_that_is_not_ours_is_asked_for_its_models(serve: Callable[[Any], str]) -> None:
@@ -29,4 +29,4 @@ def test_a_server_that_is_not_ours_is_asked_for_its_models(serve: Callable[[Any]
 def test_a_worker_says_how_its_model_takes_regions(start_worker: Any, scripted: Any) -> None:
     scripted.manifest.regions, scripted.manifest.training_mpp = ("mark",), 0.25
     state = asyncio.run(Worker(start_worker(load=lambda: scripted).url).state())
-    assert (state.regions, state.mpp, state.image_size) == (("mark",), 0.25, 96)
+    assert state.models == (Model("scripted", ("mark",), 0.25, 96),)

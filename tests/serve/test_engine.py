@@ -22,7 +22,7 @@ from PIL import Image
 
 from medllava.images import to_data_uri
 from medllava.model.answerer import Answerer
-from medllava.serve.app import Limits
+from medllava.serve.intake import Limits
 
 Wait = Callable[..., None]
 STORY = [{"role": "user", "content": "tell a long story"}]

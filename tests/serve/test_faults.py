@@ -28,8 +28,8 @@ from medllava.conversation import Turn
 from medllava.errors import ServiceError
 from medllava.model.answerer import Answerer
 from medllava.serve import app
-from medllava.serve.app import Limits
 from medllava.serve.client import Worker
+from medllava.serve.intake import Limits
 
 Wait = Callable[..., None]
 HELLO = [{"role": "user", "content": "hello"}]
@@ -49,7 +49,8 @@ def said(url: str, turns: str = "hello") -> str:
 
     async def whole() -> str:
         try:
-            return "".join([piece async for piece in Worker(url).ask([Turn(role="user", text=turns)])])
+            pieces = [piece async for piece in Worker(url).ask([Turn(role="user", text=turns)])]
+            return "".join(piece for piece in pieces if isinstance(piece, str))
         except ServiceError as error:
             return str(error)
 

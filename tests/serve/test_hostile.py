@@ -154,7 +154,7 @@ def test_a_data_uri_of_200_mb_is_refused_and_not_kept(process: Process) -> None:
 
 
 def test_many_large_requests_together_are_bounded(start_worker: Any) -> None:
-    from medllava.serve.app import Limits
+    from medllava.serve.intake import Limits
 
     worker = start_worker(limits=Limits(max_held_mb=3))
     host, port = worker.url.removeprefix("http://").split(":")

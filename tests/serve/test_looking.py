@@ -13,8 +13,8 @@ from medllava.errors import ServiceError
 from medllava.geometry import Box
 from medllava.images import load_image, to_data_uri
 from medllava.model.answerer import Answerer
-from medllava.serve.app import Limits
 from medllava.serve.client import Worker
+from medllava.serve.intake import Limits
 
 
 def request(image: Path, **more: Any) -> dict[str, Any]:

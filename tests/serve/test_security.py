@@ -23,7 +23,7 @@ from medllava.errors import ConfigError, DataError
 from medllava.images import to_data_uri
 from medllava.model.answerer import Answerer
 from medllava.serve import fetch
-from medllava.serve.app import Limits
+from medllava.serve.intake import Limits
 
 Post = Callable[..., httpx.Response]
 

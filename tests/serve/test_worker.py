@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from medllava.images import load_image, to_data_uri
-from medllava.serve.app import Limits
+from medllava.serve.intake import Limits
 
 Wait = Callable[..., None]
 

@@ -1,6 +1,7 @@
 """The worker's HTTP application: models behind the OpenAI chat-completions API.
 
-Requests are answered together as far as there is room (:mod:`medllava.serve.engine`); others wait in a short line.
+Requests are read within limits (:mod:`medllava.serve.intake`) and answered together as far as there is room
+(:mod:`medllava.serve.engine`); others wait in a short line.
 Nothing of a question is logged or written: no prompt, no picture, no name. The command is
 :mod:`medllava.serve.worker`.
 """

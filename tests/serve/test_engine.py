@@ -191,7 +191,7 @@ def test_a_client_that_leaves_the_line_is_forgotten(start_worker: Any, wait: Wai
     worker = start_worker(limits=Limits(max_batch=1))
     body = {"model": "scripted", "messages": STORY, "max_tokens": 300, "stream": stream}
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(ask, worker, STORY, max_tokens=200)
+        first = pool.submit(ask, worker, STORY, max_tokens=140)
         wait(lambda: health(worker)["answering"] == 1)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{worker.url}/v1/chat/completions", json=body, timeout=0.3)

@@ -1,5 +1,5 @@
-"""The worker: how fast it is beside others (serve_rates.py), and under load, with many clients that check what they
-are told.
+"""The worker: how fast it is beside others (the rows of serve_rates.py), and then under load, with many clients that
+check what they are told.
 
     python benchmarks/serve.py                       # rates, then 64 clients for a minute
     python benchmarks/serve.py --quick               # the same in seconds
@@ -10,7 +10,8 @@ Without --model-path the model is a very small one with random weights, which ta
 the second part asks about its own picture over and over and compares each answer with the one that the picture got when
 nobody else asked. The memory and the threads of the worker are counted after a fifth of the time (it is warm then) and
 at the end, its open files when few have asked yet and when all have left. "overtaken" counts requests that got their
-first token after one that arrived later, as the worker's log has it. "naive" is one request at a time.
+first token after one that arrived later, as the worker's log has it. The baseline of the throughput is one request at a
+time.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import httpx
 import openai
 import torch
 from PIL import Image
-from record import write_result
+from record import finish, row
 from serve_rates import rates
 
 from medllava.images import load_image, to_data_uri
@@ -234,17 +235,6 @@ def overtaken(log: Path) -> int:
     return count
 
 
-def row(
-    figure: str, value: float, unit: str, *, limit: str = "", target: float | None = None, naive: float | None = None
-) -> dict[str, Any]:
-    holds = None if target is None else value >= target if limit == ">=" else value <= target
-    return {
-        "figure": figure, "value": value, "unit": unit, "limit": limit, "target": target, "holds": holds,
-        "baseline": None if naive is None else "naive", "baseline_value": naive,
-        "ratio": value / naive if naive else None,
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model-path", type=Path, help="checkpoint folder (default: a tiny one, random weights)")
@@ -274,25 +264,26 @@ def main(argv: list[str] | None = None) -> int:
     ratio = together / alone
     rows = [
         *speed,
-        row(f"serve.soak_tokens_per_s_{TOGETHER}", together, "tokens/s", naive=alone),
+        row(
+            f"serve.soak_tokens_per_s_{TOGETHER}", together, "tokens/s", baseline="one at a time", baseline_value=alone
+        ),
         # Without a target in a quick run: it is too short for figures of speed and memory.
-        row(f"serve.soak_batch{TOGETHER}_over_serial", ratio, "times", limit=">=", target=None if given.quick else 3),
+        row(f"serve.soak_batch{TOGETHER}_over_serial", ratio, "times", least=None if given.quick else 3),
         row(f"serve.answers_to_{given.clients}_in_{seconds:.0f}_s", seen["answers"], "answers"),
         row("serve.different_right_answers", seen["different"], "answers"),
-        row("serve.wrong_answers", seen["wrong"], "answers", limit="<=", target=0),
-        row("serve.failed_requests", seen["faults"], "requests", limit="<=", target=0),
-        row("serve.overtaken_requests", passed, "requests", limit="<=", target=0),
-        row("serve.left_in_worker", seen["left"], "requests", limit="<=", target=0),
-        row("serve.threads_left", seen["threads"], "threads", limit="<=", target=None if given.quick else 0),
-        row("serve.files_left", seen["files"], "files", limit="<=", target=0),
+        row("serve.wrong_answers", seen["wrong"], "answers", most=0),
+        row("serve.failed_requests", seen["faults"], "requests", most=0),
+        row("serve.overtaken_requests", passed, "requests", most=0),
+        row("serve.left_in_worker", seen["left"], "requests", most=0),
+        row("serve.threads_left", seen["threads"], "threads", most=None if given.quick else 0),
+        row("serve.files_left", seen["files"], "files", most=0),
         row("serve.memory_once_warm", seen["memory"], "MiB"),
-        row("serve.memory_growth", seen["growth"], "%", limit="<=", target=None if given.quick else 5),
+        row("serve.memory_growth", seen["growth"], "%", most=None if given.quick else 5),
         row("serve.first_text_median", seen["median_s"], "s"),
         row("serve.first_text_slowest_of_100", seen["late_s"], "s"),
     ]
     what = f"{given.questions.name} of a trained demo" if given.questions else "made-up pictures"
-    write_result(given.out, rows, f"Model: {given.model_path.name if given.model_path else 'tiny'}; questions: {what}")
-    return int(any(entry["holds"] is False for entry in rows))
+    return finish(given.out, rows, f"Model: {given.model_path.name if given.model_path else 'tiny'}; questions: {what}")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,12 @@ def test_make_alone_explains_itself(repository: Path) -> None:
     assert [line.split()[1] for line in done.stdout.splitlines()] == ["demo", "test", "check", "bench"]
 
 
+def test_no_module_takes_cuda_for_granted(repository: Path) -> None:
+    """Devices are chosen in one place, and everything goes to the one that was chosen."""
+    modules = (repository / "medllava").rglob("*.py")
+    assert [path.name for path in modules if ".cuda()" in path.read_text(encoding="utf-8")] == []
+
+
 def test_help_loads_nothing_heavy(repository: Path) -> None:
     """What makes ``--help`` quick on any machine."""
     script = (

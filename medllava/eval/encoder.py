@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -83,6 +82,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from medllava.eval.encoder_sets import groups_of
     from medllava.eval.provenance import command, folder_hash
     from medllava.jsonl import write_json
     from medllava.model.embeddings import load_encoder
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         read_image_texts(arguments.data, arguments.images, tuple(arguments.kinds.split(",")))
         if retrieval else read_classes(arguments.data)
     )
-    groups = _groups(pairs, arguments.group_pattern)
+    groups = groups_of(pairs, arguments.group_pattern)
     encoder = load_encoder(arguments.model_path, device=arguments.device)
     size, seed = arguments.batch_size, arguments.seed
     facts: dict[str, Any] = {}
@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_benchmark(arguments: argparse.Namespace) -> int:
-    from medllava.eval.encoder_sets import load_set, names_of, read_set
+    from medllava.eval.encoder_sets import groups_of, load_set, names_of, read_set
     from medllava.eval.provenance import command, folder_hash
     from medllava.jsonl import write_json
     from medllava.model.embeddings import load_encoder
@@ -136,8 +136,9 @@ def _run_benchmark(arguments: argparse.Namespace) -> int:
     if arguments.images is None or arguments.data or arguments.train or arguments.prompts:
         raise ConfigError("--benchmark needs --images FOLDER, and none of --data, --train and --prompts")
     definition = load_set(arguments.benchmark)
-    found = read_set(definition, arguments.images)
-    groups = _groups(found.test, arguments.group_pattern or definition.group_pattern)
+    pattern = arguments.group_pattern or definition.group_pattern
+    found = read_set(definition, arguments.images, pattern)
+    groups = groups_of(found.test, pattern)
     names = names_of(definition, found.test)
     templates = definition.templates or list(TEMPLATES)
     told = f"{definition.name}: {len(found.train):,} pictures to learn from, {len(found.test):,} to test on"
@@ -308,19 +309,6 @@ def _by_chance(right: NDArray[np.bool_], nearest: int) -> float:
         for count, times in Counter(right.sum(1).tolist()).items()
     )
     return 1.0 - missed / float(rows)
-
-
-def _groups(pairs: Sequence[ImageText], pattern: str | None) -> list[str]:
-    if pattern is None:
-        return [pair.group for pair in pairs]
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"--group-pattern {pattern!r}: {error}") from error
-    if not compiled.groups:
-        raise ConfigError(f"--group-pattern {pattern!r}: it needs a group in parentheses, which finds the case")
-    found = [compiled.search(pair.name) for pair in pairs]
-    return [match[1] if match else pair.group for match, pair in zip(found, pairs, strict=True)]
 
 
 def _prompts(path: Path | None, classes: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from medllava.config import Recipe, load_recipe
-from medllava.errors import DataError, MissingExtraError
+from medllava.errors import ConfigError, DataError, MissingExtraError
 from medllava.eval.benchmarks import find_file
 from medllava.eval.pictures import SUFFIXES
 from medllava.model.image_text import ImageText
@@ -90,17 +90,18 @@ def load_set(name: str) -> EncoderSet:
     return load_recipe(find_file(name, "benchmarks/encoder", ".yaml"), EncoderSet)
 
 
-def read_set(definition: EncoderSet, root: Path) -> Labelled:
-    """The set below ``root``. Raises DataError where files or classes are missing."""
+def read_set(definition: EncoderSet, root: Path, pattern: str | None = None) -> Labelled:
+    """The set below ``root``. Where there is no split whole cases are held out, by ``pattern`` as in :func:`groups_of`.
+
+    Raises DataError where files or classes are missing.
+    """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {definition.name} is had from {definition.source or 'you'}")
     split_there = definition.train and any((root / each).is_dir() for each in (definition.train, definition.test))
     if definition.share is not None and not split_there:
         every = list(_folders(definition, root, "**" if definition.train else definition.test))
         _all_there(definition, every, root)
-        held = [pair for pair in every if _drawn(pair.name) < definition.share]
-        learnt = [pair for pair in every if _drawn(pair.name) >= definition.share]
-        return Labelled(learnt, held, f"folders; {definition.share:.0%} held out by name, since there is no split")
+        return _held_out(every, definition.share, pattern or definition.group_pattern, root)
     parts, layout = [], ""
     for split in (definition.train, definition.test):
         assert split is not None
@@ -115,6 +116,19 @@ def read_set(definition: EncoderSet, root: Path) -> Labelled:
     return Labelled(parts[0], parts[1], layout)
 
 
+def _held_out(every: Sequence[ImageText], share: float, pattern: str | None, root: Path) -> Labelled:
+    drawn = [_drawn(case) for case in groups_of(every, pattern)]
+    learnt = [pair for pair, place in zip(every, drawn, strict=True) if place >= share]
+    held = [pair for pair, place in zip(every, drawn, strict=True) if place < share]
+    for part, purpose in ((learnt, "to learn from"), (held, "to test on")):
+        if lost := {pair.texts[0] for pair in every} - {pair.texts[0] for pair in part}:
+            raise DataError(
+                f"{root}: held out by name, class {min(lost)!r} has no pictures {purpose}; there are too few pictures"
+                " or cases: split them by hand, or leave out --group-pattern"
+            )
+    return Labelled(learnt, held, f"folders; {share:.0%} held out by name, since there is no split")
+
+
 def _all_there(definition: EncoderSet, pairs: Iterable[ImageText], where: Path) -> None:
     found = {pair.texts[0] for pair in pairs}
     wanted = definition.classes or found
@@ -122,6 +136,20 @@ def _all_there(definition: EncoderSet, pairs: Iterable[ImageText], where: Path) 
     if missing or len(found) < 2:
         what = f"no pictures of class {missing[0]!r}" if missing else "fewer than two classes with pictures"
         raise DataError(f"{where}: {what}; eval/benchmarks/encoder/{definition.name}.yaml says what lies where")
+
+
+def groups_of(pairs: Sequence[ImageText], pattern: str | None) -> list[str]:
+    """The case of each picture, found by the first group of ``pattern`` in its name. Raises ConfigError."""
+    if pattern is None:
+        return [pair.group for pair in pairs]
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"--group-pattern {pattern!r}: {error}") from error
+    if not compiled.groups:
+        raise ConfigError(f"--group-pattern {pattern!r}: it needs a group in parentheses, which finds the case")
+    found = [compiled.search(pair.name) for pair in pairs]
+    return [match[1] if match else pair.group for match, pair in zip(found, pairs, strict=True)]
 
 
 def _drawn(name: str) -> float:

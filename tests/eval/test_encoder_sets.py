@@ -174,6 +174,11 @@ def test_classes_without_a_split_are_held_apart_by_name(tmp_path: Path) -> None:
     assert len(found.train) + len(found.test) == 80 and 5 <= len(found.test) <= 30
     assert not {pair.name for pair in found.train} & {pair.name for pair in found.test}
     assert "no split" in found.layout and found.test == read_set(load_set("image_folder"), tmp_path).test
+    found = read_set(load_set("image_folder"), tmp_path, r"-(\d)")
+    learnt, tested = ({pair.name.split("-")[1][0] for pair in part} for part in (found.train, found.test))
+    assert learnt and tested and not learnt & tested, "a case is on one side only"
+    with pytest.raises(DataError, match=r"class 'skin' has no pictures to learn from; there are too few"):
+        read_set(load_set("image_folder"), tmp_path, r"(bone|skin)/")
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match="fewer than two classes"):
         read_set(load_set("image_folder"), tmp_path)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from medllava.errors import ConfigError, DataError, MissingExtraError
+from medllava.errors import ConfigError, DataError, MissingExtraError, ServiceError
 from medllava.eval import judge_pairs
 from medllava.eval.defuse import defuse, filled, read_object
 from medllava.eval.records import (
@@ -143,6 +143,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"cost of all replies in {arguments.out}: ${usd:.4f}")
     for note in report.notes:
         print(f"- {note}")
+    if verdicts and all(verdict.reason.startswith(judge_pairs.NOT_HAD) for verdict in verdicts):
+        raise ServiceError(f"{url}: not one judgement could be had; the first: {verdicts[0].reason}")
     return 0
 
 
@@ -306,7 +308,8 @@ async def _judge_one(
     try:
         reply = await judge.ask(request(question, text, model, template))
     except (RefusedError, UnansweredError) as error:
-        return Verdict(question_id=question.id, condition=condition, reason=f"no judgement: {error}", judge=model)
+        reason = f"{judge_pairs.NOT_HAD}: {error}"
+        return Verdict(question_id=question.id, condition=condition, reason=reason, judge=model)
     try:
         score, reason = read_judgement(reply.text)
     except ValueError as error:

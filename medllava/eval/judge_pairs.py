@@ -32,6 +32,9 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 
+NOT_HAD = "no judgement"
+"""How the reason of a call begins that got no reply."""
+
 METRICS = {
     "relative_score": "mean points of the answers over mean points of the others, both orders averaged",
     "win_rate": "share of questions on which the answer got more points over both orders; a tie is half",
@@ -130,7 +133,7 @@ async def _ask(asked: Request, judge: TextModel) -> tuple[str | None, tuple[int,
     try:
         reply = await judge.ask(asked)
     except (RefusedError, UnansweredError) as error:
-        return None, None, f"no judgement: {error}"
+        return None, None, f"{NOT_HAD}: {error}"
     try:
         return reply.text, read_comparison(reply.text), None
     except ValueError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from medllava.errors import ServiceError
 from medllava.eval import __main__ as commands
 from medllava.eval.benchmarks import find_file
 from medllava.eval.judge import judge_all, read_judgement, request, summarise
@@ -153,3 +154,14 @@ def test_judge_over_http(server: tuple[str, list[str]], tmp_path: Path) -> None:
     asked.clear()
     assert commands.main(line) == 0
     assert set(asked) == {"1"}
+
+
+@pytest.mark.parametrize("mode", ["grade", "pair"])
+def test_a_judge_that_is_not_there_is_an_error(mode: str, tmp_path: Path) -> None:
+    write_records(tmp_path / "questions.jsonl", QUESTIONS[:3])
+    write_records(tmp_path / "answers.jsonl", ANSWERS[:3])
+    line = ["judge", "--mode", mode, "--answers", str(tmp_path / "answers.jsonl"), "--model", "j", "--retries", "0"]
+    with pytest.raises(ServiceError, match="not one judgement could be had"):
+        commands.main([*line, "--base-url", "http://127.0.0.1:9/v1", "--out", str(tmp_path / "judged")])
+    written = json.loads((tmp_path / "judged" / "judge.json").read_text())
+    assert all(found["value"] is None and found["unscored"] == 3 for found in written["metrics"].values())

@@ -97,15 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--against belongs to --mode pair")
     questions, skipped = read_question_file(arguments.questions or arguments.answers.parent / "questions.jsonl")
     asked = [question for question in questions if not arguments.kinds or question.kind in arguments.kinds]
-    known = {question.id: question for question in questions}
+    known = {question.id for question in questions} | skipped
     answers, others = (
-        [answer for answer in read_answers(path) if answer.question_id not in skipped] if path else []
+        [answer for answer in read_answers(path, known) if answer.question_id not in skipped] if path else []
         for path in (arguments.answers, arguments.against)
     )
-    for path, given in ((arguments.answers, answers), (arguments.against, others)):
-        stray = next((answer.question_id for answer in given if answer.question_id not in known), None)
-        if stray is not None:
-            raise DataError(f"{path}: question {stray!r} is not in the question file")
     if not asked:
         raise DataError(f"no question of kind {', '.join(arguments.kinds)} to judge")
     prompt = arguments.prompt or ("judge_pair" if arguments.mode == "pair" else "judge")
@@ -135,17 +131,18 @@ def run(arguments: argparse.Namespace) -> int:
         report = summarise(asked, [verdict for verdict in verdicts if isinstance(verdict, Verdict)], origin)
     write_records(arguments.out / "judgements.jsonl", verdicts)
     write_json(arguments.out / "judge.json", report.model_dump(mode="json"))
-    for name, found in report.metrics.items():
-        interval = "" if found.low is None else f" ({found.low:.3f} to {found.high:.3f})"
-        score = "no score" if found.value is None else f"{found.value:.3f}{interval}"
-        print(f"{name}: {score}  n {found.n}  unscored {found.unscored}")
-    if usd is not None:
-        print(f"cost of all replies in {arguments.out}: ${usd:.4f}")
-    for note in report.notes:
-        print(f"- {note}")
+    cost = [] if usd is None else [f"cost of all replies in {arguments.out}: ${usd:.4f}"]
+    print("\n".join([*map(_line, report.metrics.items()), *cost, *(f"- {note}" for note in report.notes)]))
     if verdicts and all(verdict.reason.startswith(judge_pairs.NOT_HAD) for verdict in verdicts):
         raise ServiceError(f"{url}: not one judgement could be had; the first: {verdicts[0].reason}")
     return 0
+
+
+def _line(named: tuple[str, Metric]) -> str:
+    name, found = named
+    interval = "" if found.low is None else f" ({found.low:.3f} to {found.high:.3f})"
+    score = "no score" if found.value is None else f"{found.value:.3f}{interval}"
+    return f"{name}: {score}  n {found.n}  unscored {found.unscored}"
 
 
 def _pairs(

@@ -267,12 +267,6 @@ def _grade_open(question: Question, text: str) -> Grade:
     )
 
 
-def token_f1(answer: str, expected: str) -> tuple[float, float]:
-    """(F1, recall) of the answer's tokens against the reference's, as multisets (Rajpurkar et al. 2016, SQuAD)."""
-    found = overlap(answer, expected)
-    return found.f1, found.recall
-
-
 # ---------------------------------------------------------------------------------------------------------- abstention
 
 _ABSTAINS = re.compile(

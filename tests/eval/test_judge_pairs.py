@@ -237,7 +237,7 @@ def test_another_endpoint_or_a_stray_answer_is_refused(judge: tuple[str, Any], t
     with pytest.raises(ConfigError, match="holds judgements of"):
         commands.main(command(path, "http://127.0.0.1:9/v1", tmp_path / "out"))
     stray = files(tmp_path / "stray", asked, answers(questions(3, first=20)))
-    with pytest.raises(DataError, match="question 'q22' is not in the question file"):
+    with pytest.raises(DataError, match=r"answers\.jsonl:\d+: an answer is to question 'q22'"):
         commands.main(command(stray, url, tmp_path / "out2"))
 
 

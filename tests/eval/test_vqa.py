@@ -13,7 +13,6 @@ from medllava.eval.vqa import (
     read_options,
     read_quadrants,
     read_yes_no,
-    token_f1,
 )
 from medllava.geometry import Box
 
@@ -169,13 +168,14 @@ def test_overlap_of_open_answers() -> None:
     assert bleu(["a", "b", "x", "c"], ["a", "b", "c", "d"]) == pytest.approx((3 / 4 * 2 / 4 * 1 / 3 * 1 / 2) ** 0.25)
 
 
-def test_token_f1() -> None:
-    assert token_f1("the mitotic figure", "A mitotic figure.") == (1.0, 1.0)
-    assert token_f1("", "gland") == (0.0, 0.0)
-    f1, recall = token_f1("gland gland gland vessel", "gland")
+def test_token_overlap() -> None:
+    assert overlap("the mitotic figure", "A mitotic figure.").f1 == 1.0
+    assert overlap("", "gland").f1 == overlap("", "gland").recall == 0.0
+    found = overlap("gland gland gland vessel", "gland")
+    f1, recall = found.f1, found.recall
     assert recall == 1.0
     assert f1 == pytest.approx(2 * 0.25 / 1.25)
-    assert token_f1("about 3.5 mm", "3.5 mm")[1] == 1.0
+    assert overlap("about 3.5 mm", "3.5 mm").recall == 1.0
 
 
 def test_a_reference_that_cannot_be_read_is_told() -> None:

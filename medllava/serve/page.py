@@ -172,6 +172,11 @@ element.addEventListener("click", (event) => {
 
 WITH_MARKED = "(session, text, marked, choice) => [session, text, window.medllavaMarked?.() ?? null, choice]"
 """Runs in the browser with each question: the region as it is seen at that moment."""
+WITH_VIEW = """(session, text, marked, choice) => {
+  const seen = window.medllavaMarked?.() ?? null;
+  return [session, text, seen && { ...seen, box: null, point: null, path: null }, choice];
+}"""
+"""The same for an offered question that is about the whole image: what is still marked does not belong to it."""
 
 
 def part(name: str, **props: Any) -> gr.HTML:
@@ -467,8 +472,11 @@ def build(
         opened = [viewer, chat, tray]
         told = [viewer, chat, tray, text]
         running = [
-            event(answer, [session, asked, viewer, head], told, js=WITH_MARKED, concurrency_limit=None, **private)
-            for event, asked in [(text.submit, text), (ask.click, text), *((chip.click, chip) for chip in chips)]
+            event(answer, [session, asked, viewer, head], told, js=js, concurrency_limit=None, **private)
+            for event, asked, js in [
+                (text.submit, text, WITH_MARKED), (ask.click, text, WITH_MARKED),
+                *((chip.click, chip, WITH_MARKED if mentions_region(chip.value) else WITH_VIEW) for chip in chips),
+            ]
         ]
         running += [
             event(handler, [session, head], told, concurrency_limit=None, **private)

@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too (nothing is sent without this)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     given = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # A plan is the command's result, all else is progress.
+    stream = sys.stdout if given.plan else sys.stderr
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=stream)
     logging.getLogger("medllava").setLevel(logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Threads that wait for each other sleep instead of spinning: beside another busy process, spinning makes a step

@@ -179,12 +179,18 @@ def test_a_point_an_example_and_a_tiff(worker: Any, serve: Serve, tab: Page, tis
     expect(region(tab)).to_have_text("around the point [0.22, 0.42, 0.38, 0.58]")
     tab.click("#ask")
     expect(last_answer(tab)).to_have_text("The region [0.22, 0.42, 0.38, 0.58] holds a vessel.")
+    # The region is still marked; an offered question about the whole image goes without it.
+    tab.get_by_role("button", name="Where is the gland?").click()
+    expect(tab.locator("#chat .message")).to_have_count(4)
+    expect(last_answer(tab)).to_have_text("A gland. [0.10, 0.20, 0.40, 0.60]")
+    assert worker.answerer.asked[-1][1][-1].text == "Where is the gland?"
+    expect(region(tab)).to_have_text("around the point [0.22, 0.42, 0.38, 0.58]")
 
     Image.fromarray((np.random.default_rng(0).random((90, 260)) * 60_000).astype(np.uint16)).save(tmp_path / "deep.tif")
     tab.set_input_files("#viewer input[type=file]", tmp_path / "deep.tif")
     expect(tab.locator("#viewer .size")).to_have_text("260 × 90 px")
     expect(region(tab)).to_have_text("whole image")
-    expect(tab.locator("#chat .message")).to_have_count(2)  # another picture of the same conversation
+    expect(tab.locator("#chat .message")).to_have_count(4)  # another picture of the same conversation
     expect(tab.locator("#tray .pictures button")).to_have_count(2)
 
 

@@ -4,8 +4,9 @@
 
 The endpoint is a small server on this machine that answers each request after the same time, however many are in
 flight. Then no program can be faster than requests x latency / calls in flight: that is the limit. "one by one" is the
-same client with one call at a time. The second part resumes a finished run: nothing is asked, and all replies are read,
-checked, compared with one another and written again.
+same client with one call at a time. The second part gives the command again where all replies are there: once without
+the results (nothing is asked; all replies are read, checked, compared with one another, and written as samples), and
+once with them (nothing is left to do, which has to be found out).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _in_flight(folder: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     alone = 0.0
     with endpoint(latency) as url:
-        for calls, count in (1, 32), (8, 256), (64, 9600):
+        for calls, count in (1, 12), (8, 128), (64, 9600):
             count = min(count, 128) if given.quick else count
             wall_s, cpu_s, tokens = asyncio.run(_ask(folder / f"ask-{calls}", count, calls, url))
             rate, most = count / wall_s, calls / latency
@@ -100,16 +101,21 @@ async def _ask(out: Path, count: int, calls: int, url: str) -> tuple[float, floa
 
 
 def _resumed(folder: Path, samples: int) -> list[dict[str, Any]]:
-    """Seconds and memory of ``generate`` where all replies are there."""
+    """Seconds and memory of ``generate`` where all replies are there: before its results are, and after."""
     out = folder / "finished"
     captions = -(-samples // len(ALL_KINDS.split()))
     plan = make_plan(out, captions, ALL_KINDS)
     _fill(plan, out)
     with endpoint(0) as url:
-        cost = cost_of([
+        command = [
             "-m", "medllava.instruct_gen", "generate", "--captions", out / "captions.jsonl", "--out", out, "--config",
             out / "recipe.yaml", "--base-url", url,
-        ], quiet=True)
+        ]
+        cost = cost_of(command, quiet=True)
+        written = (out / "samples.jsonl").stat().st_mtime_ns
+        again = cost_of(command, quiet=True)
+    if (out / "samples.jsonl").stat().st_mtime_ns != written:
+        raise SystemExit("a finished run was made again")
     made = json.loads((out / "summary.json").read_text())
     kept, dropped = sum(made["kept"].values()), made["dropped"]
     if kept < 0.99 * samples:
@@ -123,6 +129,9 @@ def _resumed(folder: Path, samples: int) -> list[dict[str, Any]]:
         row("generate.bookkeeping_wall", cost.wall_s, "s", most=60 if full else None),
         row("generate.bookkeeping_cpu", cost.cpu_s, "s", most=60 if full else None),
         row("generate.bookkeeping_peak_memory", cost.peak_mib, "MiB", most=1024),
+        row("generate.finished_wall", again.wall_s, "s", most=60 if full else None),
+        row("generate.finished_cpu", again.cpu_s, "s", most=60 if full else None),
+        row("generate.finished_peak_memory", again.peak_mib, "MiB", most=1024),
     ]
 
 

@@ -195,10 +195,14 @@ def _bookkeeping(rates: dict[str, float]) -> str:
     rows += [(text.format(n=f"{SAMPLES:,}"), of(name, name)) for name, text in names.items()]
     generate = _figures("generate")
     if generate:
-        rows.append((
-            f"`generate` given again over {generate['resumed_samples']:,.0f} finished samples",
-            f"{_round(generate['bookkeeping_cpu'])} CPU s, {_round(generate['bookkeeping_peak_memory'])} MiB",
-        ))
+        for what, name in (
+            ("`generate`: {n} samples made of the replies that are there", "bookkeeping"),
+            ("`generate` given again, all {n} samples finished", "finished"),
+        ):
+            rows.append((
+                what.format(n=f"{generate['resumed_samples']:,.0f}"),
+                f"{_round(generate[f'{name}_cpu'])} CPU s, {_round(generate[f'{name}_peak_memory'])} MiB",
+            ))
     opened = rates["picture_opened_cpu"] * PICTURES / 1000 / 3600
     rows.append((
         f"opening all {PICTURES:,} pictures once (`check`, `card`), at {_round(rates['picture_opened_cpu'])} ms",

@@ -32,7 +32,7 @@ def test_generate(repository: Path, tmp_path: Path) -> None:
     assert 0 < rows["generate.share_of_limit_64"]["value"] <= 1
     assert rows["generate.samples_per_s_8"]["ratio"] > 2
     assert rows["generate.resumed_samples"]["value"] == 300
-    assert rows["generate.bookkeeping_peak_memory"]["holds"]
+    assert rows["generate.bookkeeping_peak_memory"]["holds"] and rows["generate.finished_peak_memory"]["holds"]
 
 
 def test_load(repository: Path, tmp_path: Path) -> None:

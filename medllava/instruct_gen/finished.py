@@ -46,10 +46,12 @@ def _made_of(plan: Plan, out: Path) -> dict[str, str]:
     captions, program = hashlib.sha256(), hashlib.sha256()
     for caption in plan.captions:  # As the teacher sees them: what was redacted, and how, counts.
         captions.update(caption.model_dump_json().encode() + b"\n")
-    for source in sorted(Path(medllava.__file__).parent.rglob("*.py")):
-        program.update(source.read_bytes())
-    for package in _JUDGES:
-        program.update(metadata.version(package).encode())
+    package = Path(medllava.__file__).parent
+    for pattern in ("*.py", "instruct_gen/*.py", "llm/*.py"):  # Nothing else of it has a say.
+        for source in sorted(package.glob(pattern)):
+            program.update(source.read_bytes())
+    for name in _JUDGES:
+        program.update(metadata.version(name).encode())
     # Neither where the prompts lie nor how many calls are in flight changes a sample.
     recipe = plan.recipe.model_dump_json(exclude={"prompts", "concurrency"})
     prompts = "".join(f"{name} {prompt.hash}\n" for name, prompt in plan.prompts.items())

@@ -54,10 +54,11 @@ class Request:
     def key(self) -> str:
         """SHA-256 of everything that changes the reply: the name under which the reply is kept."""
         parts = {
-            "model": self.model, "messages": self.messages, "schema": self.schema,
+            "messages": self.messages, "model": self.model,
             "sampling": self.sampling.model_dump(mode="json", exclude_none=True),
         }
-        return hashlib.sha256(_encode_sorted(parts).encode()).hexdigest()
+        text = f'{_encode_sorted(parts)[:-1]}, "schema": {_encoded_schema(self.schema)}}}'  # One object, keys in order.
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Reply(BaseModel):
@@ -78,6 +79,20 @@ class Reply(BaseModel):
         default=None, exclude_if=lambda told: told is None
     )
     """Per token its log-probability and those of its likeliest alternatives by their text, where the endpoint tells."""
+
+
+_encoded: dict[int, tuple[Any, str]] = {}
+
+
+def _encoded_schema(schema: dict[str, Any] | None) -> str:
+    """A schema as JSON. Hundreds of thousands of requests share a few schemas, the same objects: those are kept."""
+    kept, text = _encoded.get(id(schema), (None, "null"))
+    if kept is not schema:
+        if len(_encoded) >= 64:
+            _encoded.clear()
+        text = _encode_sorted(schema)
+        _encoded[id(schema)] = (schema, text)  # While it is held, no other object has its id.
+    return text
 
 
 class TextModel(Protocol):

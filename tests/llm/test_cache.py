@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 
 import pytest
 
@@ -141,3 +143,15 @@ def test_token_estimate():
     assert estimate_tokens("") == 0
     assert estimate_tokens("The gland, 12345 [0.12]") == 1 + 1 + 1 + 2 + 1 + 1 + 1 + 1 + 1
     assert estimate_tokens("adenocarcinoma") == 2
+
+
+def test_a_key_is_that_of_the_whole_request_as_json():
+    """Replies paid for are found by it: it must never change."""
+    for schema in (None, {}, {"b": "ä", "a": {"d": 1}}, {"b": "ä", "a": {"d": 2}}):
+        asked = Request(model='m"', messages=({"role": "user", "content": "ö\n"},), schema=schema)
+        parts = {
+            "model": asked.model, "messages": asked.messages, "schema": schema,
+            "sampling": asked.sampling.model_dump(mode="json", exclude_none=True),
+        }
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        assert asked.key() == asked.key() == digest

@@ -49,6 +49,12 @@ def test_train_step(repository: Path, tmp_path: Path) -> None:
     assert rows["train_step.useful_share_packed"]["value"] > 0.9
 
 
+def test_eval(repository: Path, tmp_path: Path) -> None:
+    rows = _rows(repository, tmp_path, "eval")
+    assert rows["eval.answers_that_differ"]["holds"]
+    assert rows["eval.batched_over_serial"]["value"] > 1
+
+
 def test_start(repository: Path, tmp_path: Path) -> None:
     rows = _rows(repository, tmp_path, "start")
     assert rows["start.help_demo"]["holds"]

@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 demo_extras = gen,train,serve,eval
-test_extras = gen,ray,redact,train,serve,eval,dev
+test_extras = gen,ray,redact,train,serve,wsi,eval,dev
 # Of the extra gpu, what also runs on a CPU: 4-bit training and ZeRO are tested there.
 test_more = bitsandbytes deepspeed
 check_extras = gen,redact,train,serve,eval,dev

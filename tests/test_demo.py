@@ -192,7 +192,7 @@ def lines(path: Path) -> int:
 # When the kill comes: as soon as the step has begun to leave something behind.
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "videos": lambda out: any((out / "videos").glob(".*.part")) or any((out / "videos").glob("*.mp4")),
-    "narrate": lambda out: any((out / "narrated" / "parts").glob("*.json")),
+    "narrate": lambda out: any((out / "narrated" / "parts").glob("*.jsonl")),
     "generate": lambda out: lines(out / "data" / "replies.jsonl") > 3,
     "stage2": lambda out: (out / "stage2" / "run.json").is_file(),
     "answer": lambda out: lines(out / "report" / "answers.jsonl") > 3,

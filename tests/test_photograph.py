@@ -110,7 +110,7 @@ def said(
     run: Run, checkpoint: Path, photographs: dict[Path, tuple[int, int]], repository: Path
 ) -> dict[Path, dict[str, Any]]:
     """What the terminal answers about each photograph."""
-    script = "".join(f"/image {path}\n{QUESTION}\n" for path in photographs)
+    script = "".join(f"/image {path}\n/reset\n{QUESTION}\n" for path in photographs)
     command = [sys.executable, "-m", "medllava.serve.cli", "--model-path", str(checkpoint), "--json"]
     done = subprocess.run(
         [*command, "--max-new-tokens", "24"], cwd=repository, input=script, capture_output=True, text=True, timeout=300,

@@ -13,6 +13,7 @@ import yaml
 from medllava.config import load_recipe
 from medllava.errors import ConfigError
 from medllava.eval.benchmarks import load_benchmark
+from medllava.eval.encoder_sets import load_set
 from medllava.eval.harness import lmms_tasks
 from medllava.eval.judge import request as judge_request
 from medllava.eval.judge_pairs import Pair
@@ -32,7 +33,7 @@ KINDS = {
     "instruct_gen": "frame filter",
     "instruct_gen/recipes": "generation", "instruct_gen/prompts": "prompt",
     "instruct_gen/vocabulary": "vocabulary",
-    "eval/benchmarks": "benchmark", "eval/prompts": "judge",
+    "eval/benchmarks": "benchmark", "eval/benchmarks/encoder": "encoder set", "eval/prompts": "judge",
     "eval": "script", "eval/harness/lmms_eval": "lmms-eval task", "serve": "deployment",
 }
 """Which folder holds what. A file elsewhere must be named here before it is added."""
@@ -76,6 +77,8 @@ def test_it_loads_as_what_it_is(path: Path) -> None:
         assert Vocabulary.read(path).concepts
     elif kind == "benchmark":
         assert load_benchmark(str(path)).name == path.stem
+    elif kind == "encoder set":
+        assert load_set(str(path)).name == path.stem
     elif kind == "lmms-eval task":
         assert path.read_text() == lmms_tasks()[path.name], "make it again: medllava eval harness --to lmms-eval"
     elif path.name == "hostfile":
@@ -128,5 +131,7 @@ def test_a_misspelt_key_is_refused_with_a_suggestion(path: Path, tmp_path: Path)
             load_recipe(wrong, GenerateRecipe)
         elif kind == "frame filter":
             load_recipe(wrong, Prompts)
+        elif kind == "encoder set":
+            load_set(str(wrong))
         else:
             load_benchmark(str(wrong))

@@ -116,6 +116,10 @@ class Workers:
                             exchange.answer += piece
                             exchange.position = 0
                         yield
+                if not exchange.model:  # its worker got ready after it was asked how it is
+                    await self.refresh()
+                    model = self.model(chosen)
+                    exchange.model = model.name if model else ""
                 exchange.state = "done"
             except WorkerLost as error:
                 exchange.position = 0

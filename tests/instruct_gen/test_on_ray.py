@@ -122,7 +122,7 @@ def test_a_worker_killed_half_way_changes_no_byte(ray, videos, locally, tmp_path
     out = tmp_path / "out"
     run = started("--videos", videos, "--out", out, "--ray", "local", "--workers", 2)
     try:
-        wait_for(lambda: list((out / "parts").glob("*.json")) and at_work(run.pid))
+        wait_for(lambda: list((out / "parts").glob("*.jsonl")) and at_work(run.pid))
         os.kill(at_work(run.pid)[0], signal.SIGKILL)
         on = listening(run.pid)
         _, said = run.communicate(timeout=WAIT_S)
@@ -202,13 +202,13 @@ def test_a_killed_run_goes_on_with_the_unfinished_videos(ray, cluster, videos, l
     run = started("--videos", videos, "--out", out, "--ray", cluster.address)
     parts = out / "parts"
     try:
-        wait_for(lambda: len(list(parts.glob("*.json"))) >= 2)
+        wait_for(lambda: len(list(parts.glob("*.jsonl"))) >= 2)
     finally:
         os.kill(run.pid, signal.SIGKILL)
         run.communicate()
     # A worker that was finishing a video when the run was killed may do so.
     time.sleep(1)
-    finished = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
+    finished = {path: path.stat().st_mtime_ns for path in parts.glob("*.jsonl")}
     assert 2 <= len(finished) < len(NAMES) - 1
     assert narrated("--videos", videos, "--out", out, "--ray", cluster.address) == 0
     assert {path: path.stat().st_mtime_ns for path in finished} == finished

@@ -109,13 +109,13 @@ def plan(out: Path, seed: int, size: Size) -> list[Step]:
         ], 0.5, needs_teacher=True),
         Step("stage0", "foundation: image encoder and language model, from scratch", train(
             "stage0"
-        ), 5.0, folder="stage0"),
+        ), 6.4, folder="stage0"),
         Step("stage1", "instruction tuning, stage 1: projector only", train(
             "stage1", "--init-from", str(out / "stage0")
         ), 0.3, folder="stage1"),
         Step("stage2", "instruction tuning, stage 2: projector and LoRA", train(
             "stage2", "--init-from", str(out / "stage1"), "--eval-data", str(data / "val.json")
-        ), 1.7, folder="stage2"),
+        ), 2.3, folder="stage2"),
         Step("questions", "questions about the held-out videos, from their truth", [
             "phantom.questions", "--videos", str(held_videos), "--narratives",
             str(held / "narrated" / "narratives.jsonl"), "--out", str(held / "questions.jsonl"), "--seed", str(seed),

@@ -502,7 +502,6 @@ def build(
         chat.undo(undo, session, told, cancels=running, **private)
         chat.restart(restart, session, told, cancels=running, **private)
         gr.Timer(STATUS_S).tick(refresh, head, head, queue=False, **private)
-        page.load(lambda: Session(), None, session, **private)
         page.load(refresh, head, head, **private)
         page.unload(leave)
         gr.api(ask_api, api_name="ask", concurrency_limit=None)

@@ -124,6 +124,8 @@ class ScriptedAnswerer:
     model_id: str = "scripted"
     num_image_tokens: int = 16
     think_s: float = 2.0
+    pause_s: float = PAUSE_S
+    """Between two words."""
     manifest: Any = field(default_factory=lambda: SimpleNamespace(
         base=None, chat_format="medllava", regions=("text",), training_mpp=0.5, image_size=96
     ))
@@ -169,7 +171,7 @@ class ScriptedAnswerer:
         said = words[:max_new_tokens]
         try:
             for word in said:
-                time.sleep(PAUSE_S)
+                time.sleep(self.pause_s)
                 yield word
         except GeneratorExit:
             self.stopped_at.append(time.monotonic())

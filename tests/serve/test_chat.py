@@ -257,6 +257,7 @@ def test_ones_place_in_line(
     monkeypatch.setattr("medllava.serve.app.FIRST_PIECE_S", 0.2)
     monkeypatch.setattr("medllava.serve.app.HEARTBEAT_S", 0.2)
     worker = start_worker(limits=Limits(max_batch=1))
+    worker.answerer.pause_s = 0.2  # the story must last until the second page is open
     address = serve_page(worker.url)
     ahead = browser.new_page()
     ahead.goto(address)
@@ -269,6 +270,7 @@ def test_ones_place_in_line(
     expect(answers(tab)).to_have_text("Waiting: next in line")
     expect(tab.locator(".worker")).to_contain_text("1 waiting")
     ahead.click("#stop")
+    worker.answerer.pause_s = 0.02
     expect(answers(tab)).to_have_text("A gland. [0.10, 0.20, 0.40, 0.60]")
     ahead.close()
 

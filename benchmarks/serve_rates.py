@@ -170,20 +170,28 @@ class Bare:
 
     def timed(self, uri: str, tokens: int) -> Timed:
         times: list[float] = []
+        said: list[int] = []
 
         class Noting:
             """A streamer in the place of one that prints: notes when each token is there."""
 
-            def put(self, _: Any) -> None:
+            def put(self, ids: Any) -> None:
                 times.append(time.perf_counter())
+                said.extend(ids.flatten().tolist() if len(times) > 1 else [])  # the first call is with the prompt
 
             def end(self) -> None:
                 pass
 
         began = time.perf_counter()
         self.answer(uri, tokens, streamer=Noting())
-        # The first call of the streamer is with the prompt.
-        return Timed(times[1] - began, statistics.median(np.diff(times[1:])))
+        # The first token that can be shown: random weights begin with spaces and parts of characters, which a server
+        # keeps back until there is text.
+        readable = (n for n in range(1, len(said) + 1) if self._text(said[:n]))
+        return Timed(times[next(readable)] - began, statistics.median(np.diff(times[1:])))
+
+    def _text(self, ids: list[int]) -> str:
+        text: str = self._processor.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.rstrip("\ufffd").rstrip()
 
 
 async def _streamed(url: str, model: str, uri: str, tokens: int) -> Timed:

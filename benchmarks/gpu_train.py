@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.record import write_result
+from benchmarks.record import row, write_result
 from medllava.jsonl import read_json, read_rows, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,19 +130,19 @@ def _measure(given: argparse.Namespace, work: Path) -> tuple[list[dict[str, Any]
         later = found["log"][1:]
         stage = case.group[:7]
         speed = statistics.median(row["samples_per_s"] for row in later)
-        rows.append(_row(f"{case.group}: speed", speed, "samples/s"))
+        rows.append(row(f"{case.group}: speed", speed, "samples/s"))
         tokens = statistics.median(row["tokens_per_s"] for row in later)
-        rows.append(_row(f"{case.group}: speed, tokens", tokens, "tokens/s"))
-        rows.append(_row(f"{case.group}: peak memory", found["peak_gb"], "GB"))
+        rows.append(row(f"{case.group}: speed, tokens", tokens, "tokens/s"))
+        rows.append(row(f"{case.group}: peak memory", found["peak_gb"], "GB"))
         used = [row["mfu"] for row in later if row["mfu"] is not None]
         if used:
             target = 0.5 if name == "stage2_lora_packed" else None
-            rows.append(_row(f"{case.group}: MFU", statistics.median(used), "share", "min", target))
+            rows.append(row(f"{case.group}: MFU", statistics.median(used), "share", least=target))
         if name in ("stage1_packed", "stage2_lora_packed"):
             pace[stage] = speed
     if len(pace) == 2 and not given.self_test:
         hours = sum(SAMPLES[stage] / speed / 3600 for stage, speed in pace.items())
-        rows.append(_row("both stages of the paper, projected", hours, "GPU-hours", "max", 12))
+        rows.append(row("both stages of the paper, projected", hours, "GPU-hours", most=12))
     return rows, notes
 
 
@@ -167,7 +167,7 @@ def _compare(given: argparse.Namespace, work: Path, notes: list[str]) -> list[di
         )
         if "error" in found:
             notes.append(f"{name}: failed ({found['error']})")
-            rows.append(_row(f"{name} beside the plain path: runs", 0.0, "yes or no", "min", 1.0))
+            rows.append(row(f"{name} beside the plain path: runs", 0.0, "yes or no", least=1.0))
             continue
         first = found["log"][0]
         plain = plain or first
@@ -176,7 +176,7 @@ def _compare(given: argparse.Namespace, work: Path, notes: list[str]) -> list[di
         bounds = TOLERANCE.get(name, (1e-4, 1e-3) if given.self_test else (0.005, 0.03))
         for key, label, most in zip(("loss", "grad_norm"), ("loss", "gradient norm"), bounds, strict=True):
             apart = abs(first[key] - plain[key]) / abs(plain[key])
-            rows.append(_row(f"{name} beside the plain path: {label}", apart, "relative", "max", most))
+            rows.append(row(f"{name} beside the plain path: {label}", apart, "relative", most=most))
     return rows
 
 
@@ -306,16 +306,6 @@ def _data(folder: Path, kind: str, *, count: int, tiny: bool) -> Path:
             rows.append({"id": str(number), "image": f"{number % 32}.jpg", "conversations": messages})
         (folder / "data.json").write_text(json.dumps(rows))
     return folder
-
-
-def _row(
-    figure: str, value: float, unit: str, limit: str | None = None, target: float | None = None
-) -> dict[str, Any]:
-    holds = None if target is None else bool(value >= target if limit == "min" else value <= target)
-    return {
-        "figure": figure, "value": round(value, 5), "unit": unit, "baseline": None, "baseline_value": None,
-        "ratio": None, "limit": limit if target is not None else None, "target": target, "holds": holds,
-    }
 
 
 if __name__ == "__main__":

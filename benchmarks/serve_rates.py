@@ -16,7 +16,6 @@ import asyncio
 import base64
 import io
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,9 @@ import numpy as np
 import openai
 import torch
 from PIL import Image
-from record import arguments, finish, row
+from record import arguments, finish, row, wall_s
+
+from medllava.serve.web import free_port
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 QUESTION = "What do you see in this image?"
@@ -79,7 +80,7 @@ def measured(path: Path, *, quick: bool) -> list[dict[str, Any]]:
                 timed["bare"].append(bare.timed(uri, tokens))
                 timed["ours"].append(asyncio.run(_streamed(*ours, uri, tokens)))
                 timed["theirs"].append(asyncio.run(_streamed(*theirs, uri, tokens)))
-            serial.append(tokens * 4 / _seconds(lambda: [bare.answer(uri, tokens) for uri in uris[:4]]))
+            serial.append(tokens * 4 / wall_s(lambda: [bare.answer(uri, tokens) for uri in uris[:4]]))
             for clients, found in many.items():
                 found.append(asyncio.run(throughput(*ours, uris[: max(4, clients)], tokens, clients)))
             theirs_16.append(asyncio.run(throughput(*theirs, uris[:16], tokens, 16)))
@@ -257,9 +258,7 @@ def worker(path: Path) -> Iterator[tuple[str, str]]:
 @contextmanager
 def transformers_serve(path: Path) -> Iterator[tuple[str, str]]:
     """``transformers serve`` on the folder; yields (URL, name of the model)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port("127.0.0.1", 0)
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(path), "--device", "cpu"]
     process = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", str(port)], env=ONE_THREAD, stdout=subprocess.DEVNULL,
@@ -291,14 +290,8 @@ def _wait_until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> No
 def memory_bytes_per_s() -> float:
     """How fast one thread reads memory: the best of some sums over an array that no cache holds."""
     values = np.ones(64 * 2**20, dtype=np.float32)
-    seconds = [_seconds(lambda: float(values.sum())) for _ in range(5)]
+    seconds = [wall_s(lambda: float(values.sum())) for _ in range(5)]
     return values.nbytes / min(seconds)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,8 @@ from typing import Any
 import httpx
 from packaging.requirements import Requirement
 from record import arguments, finish, row
+
+from medllava.serve.web import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = "import torch; from transformers import LlavaForConditionalGeneration"
@@ -79,7 +80,7 @@ def _servers(given: argparse.Namespace) -> list[dict[str, Any]]:
             if not worker.stdout.readline().startswith("ready"):
                 raise SystemExit("the worker did not start; its own message is above")
             ready, ready_cpu = time.perf_counter() - began, _cpu_of(worker.pid)
-            port = _free_port()
+            port = free_port("127.0.0.1", 0)
             began = time.perf_counter()
             web = subprocess.Popen(
                 [sys.executable, "-m", "medllava.serve.web", "--worker", url, "--port", str(port)],
@@ -201,12 +202,6 @@ def _cpu_of(pid: int) -> float:
     """CPU seconds that a running process has taken."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _until(ready: Callable[[], bool], process: subprocess.Popen[Any]) -> None:

@@ -59,6 +59,15 @@ class MissingExtraError(MedllavaError):
         )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for CUDA, MPS and host memory. torch's class is known by its name, so that this file needs no torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("out of memory", "not enough memory", "can't allocate memory")
+    )
+
+
 def first_line(error: BaseException, most: int = 200) -> str:
     """What a library's error says, cut to its first line, for use within one of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

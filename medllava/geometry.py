@@ -129,6 +129,25 @@ def box_from_padded(x1: float, y1: float, x2: float, y2: float, width: int, heig
     return box_from_pixels(x1 * side - dx, y1 * side - dy, x2 * side - dx, y2 * side - dy, width, height)
 
 
+def into_frame(box: Box, frame: Box) -> Box | None:
+    """``box`` of the picture in 0..1 of ``frame``, cut to it; None if nothing is left."""
+    width, height = frame.x2 - frame.x1, frame.y2 - frame.y1
+    return clipped_box(
+        (box.x1 - frame.x1) / width, (box.y1 - frame.y1) / height, (box.x2 - frame.x1) / width,
+        (box.y2 - frame.y1) / height,
+    )
+
+
+def out_of_frame(box: Box, frame: Box) -> Box:
+    """``box`` in 0..1 of ``frame``, in 0..1 of the picture."""
+    width, height = frame.x2 - frame.x1, frame.y2 - frame.y1
+    whole = clipped_box(
+        frame.x1 + box.x1 * width, frame.y1 + box.y1 * height, frame.x1 + box.x2 * width, frame.y1 + box.y2 * height
+    )
+    assert whole is not None, "a box of a part of the picture is a box of the picture"
+    return whole
+
+
 def format_box(box: Box) -> str:
     """The box as prompts and answers write it: ``[0.12, 0.34, 0.56, 0.78]``."""
     return "[" + ", ".join(f"{value:.2f}" for value in box.as_tuple()) + "]"

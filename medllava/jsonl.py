@@ -6,6 +6,7 @@ writer cuts it off, so an append-only file can always be gone on with.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -193,3 +194,9 @@ class Appender:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medllava.errors import ConfigError, DataError, ServiceError
-from medllava.model.manifest import file_sha256
+from medllava.jsonl import file_sha256
 
 if TYPE_CHECKING:
     import httpx

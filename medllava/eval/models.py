@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medllava.errors import MedllavaError, MissingExtraError, ServiceError
+from medllava.errors import MedllavaError, MissingExtraError, ServiceError, is_out_of_memory
 from medllava.eval.vqa import is_yes_no, split_option
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def open_local(name: str | Path, device: str | None, max_new_tokens: int) -> Mod
         try:
             return replies(batch)
         except RuntimeError as error:  # torch's OutOfMemoryError is one
-            if "out of memory" not in str(error) or len(batch) == 1:
+            if not is_out_of_memory(error) or len(batch) == 1:
                 raise
         half = len(batch) // 2
         return [*ask(batch[:half]), *ask(batch[half:])]

@@ -15,7 +15,7 @@ from pathlib import Path
 import medllava
 from medllava.errors import DataError
 from medllava.instruct_gen.asking import Plan
-from medllava.jsonl import read_json, write_json
+from medllava.jsonl import file_sha256, read_json, write_json
 
 NOTE = "finished.json"
 REPLIES = "replies.jsonl"
@@ -25,7 +25,8 @@ _JUDGES = ("datasketch", "pydantic", "rapidfuzz")
 
 def write_note(plan: Plan, out: Path, results: Sequence[str]) -> None:
     """Note that ``results``, files of ``out``, are all that there is to be made."""
-    write_json(out / NOTE, {"made_of": _made_of(plan, out), "results": {name: _digest(out / name) for name in results}})
+    digests = {name: file_sha256(out / name) for name in results}
+    write_json(out / NOTE, {"made_of": _made_of(plan, out), "results": digests})
 
 
 def is_finished(plan: Plan, out: Path) -> bool:
@@ -36,7 +37,7 @@ def is_finished(plan: Plan, out: Path) -> bool:
         note = read_json(out / NOTE)
         return bool(
             note["made_of"] == _made_of(plan, out)
-            and all(_digest(out / name) == digest for name, digest in note["results"].items())
+            and all(file_sha256(out / name) == digest for name, digest in note["results"].items())
         )
     except (OSError, DataError, KeyError, TypeError, AttributeError):
         return False
@@ -57,10 +58,5 @@ def _made_of(plan: Plan, out: Path) -> dict[str, str]:
     prompts = "".join(f"{name} {prompt.hash}\n" for name, prompt in plan.prompts.items())
     return {
         "captions": captions.hexdigest(), "recipe": hashlib.sha256((recipe + prompts).encode()).hexdigest(),
-        "replies": _digest(out / REPLIES), "program": program.hexdigest(),
+        "replies": file_sha256(out / REPLIES), "program": program.hexdigest(),
     }
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

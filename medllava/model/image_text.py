@@ -23,8 +23,7 @@ from medllava.conversation import read_llava, sample_from_llava
 from medllava.errors import ConfigError, DataError
 from medllava.geometry import strip_boxes
 from medllava.images import load_image
-from medllava.jsonl import read_rows
-from medllava.model.manifest import file_sha256
+from medllava.jsonl import file_sha256, read_rows
 
 LISTINGS = ("metadata.jsonl", "train/metadata.jsonl")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}

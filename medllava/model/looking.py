@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageFilter, ImageStat
 
 from medllava.conversation import Turn
-from medllava.errors import DataError, PromptTooLong
+from medllava.errors import DataError, PromptTooLong, is_out_of_memory
 from medllava.geometry import Box
 from medllava.model.decoding import Completion
 from medllava.model.prompt import IGNORE
@@ -253,7 +253,7 @@ class LookingRow:
                 pictures = [self._with(box) for box in part]
                 self._values += self._looker.likelihoods(self.question, pictures)
             except RuntimeError as error:
-                if "out of memory" not in str(error) or self._at_once == 1:
+                if not is_out_of_memory(error) or self._at_once == 1:
                     raise
                 self._at_once //= 2
             if len(self._values) < len(self._coverings) or self.question.attention:

@@ -30,9 +30,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from medllava.errors import MedllavaError
-from medllava.serve.engine import Engine, Piece, Ticket
+from medllava.serve.engine import Engine, Model, Piece, Ticket
 from medllava.serve.faults import Refused, refusal
-from medllava.serve.intake import Intake, Limits, Pictures, parse, read_body
+from medllava.serve.intake import Asked, Intake, Limits, Pictures, parse, read_body
 from medllava.serve.metrics import Call, Metrics
 from medllava.serve.schema import (
     ChatRequest,
@@ -246,56 +246,53 @@ def create_app(
             over()
         return response
 
-    async def answer(request: Request, call: Call, tickets: list[Ticket]) -> Response:
+    async def admit(
+        request: Request, call: Call, tickets: list[Ticket], kind: type[Asked], asks: Callable[[Answerer], Model],
+        prepare: Callable[[Any, Asked, Pictures], Sequence[Any]],
+    ) -> tuple[Asked, News]:
+        """Take a request in: it has its place in line once it is understood, and may have its turn once its pictures
+        are read. Returns it without its messages, which are not kept in memory while its answer is made."""
         check_key(request.headers, api_keys)
         models.ready()
         engine.check_room()
         with intake.share() as take:
-            question = parse(await read_body(request, limits, take), ChatRequest)
-            answerer = models.find(question.model)
-            call.model, call.stream, call.answers = question.model, bool(question.stream), question.answers()
+            question = parse(await read_body(request, limits, take), kind)
+            model = asks(models.find(question.model))
+            call.model, call.stream, call.answers = question.model, question.streamed(), question.answers()
             call.images = len(question.image_uris())
-            with_usage = bool(question.stream_options and question.stream_options.include_usage)
             pictures = Pictures(question.image_uris(), limits, image_hosts or {})
-            ticket = engine.enter(answerer, question.answers(), streamed=bool(question.stream))
+            ticket = engine.enter(model, question.answers(), streamed=question.streamed())
             tickets.append(ticket)
             call.received_s = ticket.arrived - call.started
             async with readers:
-                prepared = await asyncio.to_thread(prepare, answerer, question, pictures, limits)
-            del question, pictures  # not kept in memory while its answer is made
+                prepared = await asyncio.to_thread(prepare, model, question, pictures)
+            question.messages.clear()
+            del pictures
         call.prompt_tokens = len(prepared[0].ids)
         engine.begin(ticket, prepared)
-        del prepared
-        news = News(engine, ticket, request, call, limits.max_wait_s)
+        return question, News(engine, ticket, request, call, limits.max_wait_s)
+
+    async def answer(request: Request, call: Call, tickets: list[Ticket]) -> Response:
+        question, news = await admit(
+            request, call, tickets, ChatRequest, lambda answerer: answerer,
+            lambda answerer, question, pictures: prepare(answerer, question, pictures, limits),
+        )
         created = int(time.time())
-        if call.stream:
+        if question.streamed():
+            with_usage = bool(question.stream_options and question.stream_options.include_usage)
             first = await news.next(FIRST_PIECE_S)
             return EventStream(server_sent_events(news, first, created, with_usage), lambda: None)
         choices = await whole_answers(news)
-        return JSONResponse(completion(call.id, created, call.model or "", choices, usage_of(call)))
+        return JSONResponse(completion(call.id, created, question.model, choices, usage_of(call)))
 
     async def look(request: Request, call: Call, tickets: list[Ticket]) -> Response:
-        check_key(request.headers, api_keys)
-        models.ready()
-        engine.check_room()
-        with intake.share() as take:
-            question = parse(await read_body(request, limits, take), LookingRequest)
-            looker = models.find(question.model).looker
-            call.model, call.images = question.model, len(question.image_uris())
-            pictures = Pictures(question.image_uris(), limits, image_hosts or {})
-            ticket = engine.enter(looker, 1, streamed=False)
-            tickets.append(ticket)
-            call.received_s = ticket.arrived - call.started
-            async with readers:
-                prepared = await asyncio.to_thread(prepare_looking, looker, question, pictures)
-            del question, pictures
-        call.prompt_tokens = len(prepared.ids)
-        engine.begin(ticket, [prepared])
-        news = News(engine, ticket, request, call, limits.max_wait_s)
+        question, news = await admit(
+            request, call, tickets, LookingRequest, lambda answerer: answerer.looker, prepare_looking
+        )
         while news.unfinished:
             await news.next(HEARTBEAT_S)
-        row = cast("LookingRow", ticket.rows[0])
-        return JSONResponse(looked(call.model, row.result()))
+        row = cast("LookingRow", tickets[0].rows[0])
+        return JSONResponse(looked(question.model, row.result()))
 
     return app
 
@@ -391,13 +388,15 @@ def prepare(
     return [replace(first, seed=seed) for seed in seeds]
 
 
-def prepare_looking(looker: Looker, question: LookingRequest, images: Sequence[Image.Image]) -> LookingQuestion:
-    """Raises Refused."""
+def prepare_looking(
+    looker: Looker, question: LookingRequest, images: Sequence[Image.Image]
+) -> list[LookingQuestion]:
+    """Its one row. Raises Refused."""
     try:
-        return looker.prepare(
+        return [looker.prepare(
             images, question.turns(), question.answer, picture=question.picture, cells=question.cells,
             fill=question.fill, attention=question.attention,
-        )
+        )]
     except MedllavaError as error:
         raise refusal(error) from None
 

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from medllava.serve.faults import Refused, is_out_of_memory, refusal
+from medllava.errors import is_out_of_memory
+from medllava.serve.faults import Refused, refusal
 
 if TYPE_CHECKING:
     from medllava.model.decoding import Completion, TokenLogprob

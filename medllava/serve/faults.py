@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from medllava.errors import DataError, ImageTooLarge, MedllavaError, PromptTooLong
+from medllava.errors import DataError, ImageTooLarge, MedllavaError, PromptTooLong, is_out_of_memory
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -46,13 +46,4 @@ def refusal(error: Exception) -> Refused:
     return Refused(
         500, "internal_error",
         f"The model failed on this question ({type(error).__name__}); the worker's log holds the traceback.",
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for CUDA, MPS and host memory. torch's class is known by its name, so that this file needs no torch."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(
-        sign in str(error) for sign in ("out of memory", "not enough memory", "can't allocate memory")
     )

@@ -101,6 +101,13 @@ class Conversation(_Strict):
             raise ValueError("messages: the last message must be the user's")
         return self
 
+    def answers(self) -> int:
+        """How many are asked for."""
+        return 1
+
+    def streamed(self) -> bool:
+        return False
+
     def image_uris(self) -> list[str]:
         return [uri for message in self.messages for uri in message.image_uris()]
 
@@ -186,6 +193,9 @@ class ChatRequest(Conversation):
 
     def stops(self) -> tuple[str, ...]:
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def streamed(self) -> bool:
+        return bool(self.stream)
 
     def answers(self) -> int:
         return self.n or 1

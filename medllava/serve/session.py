@@ -18,7 +18,7 @@ from PIL import Image
 from medllava import regions
 from medllava.conversation import Turn
 from medllava.errors import DataError
-from medllava.geometry import Box, Point, clipped_box
+from medllava.geometry import Box, Point, clipped_box, into_frame, out_of_frame
 from medllava.images import load_image, to_data_uri
 from medllava.serve.phrases import colour_of, different, phrases_of
 
@@ -321,22 +321,3 @@ def _numbers(value: Any, count: int) -> Sequence[float] | None:
 
 def _fraction(value: float) -> float:
     return min(max(value, 0.0), 1.0)
-
-
-def into_frame(box: Box, frame: Box) -> Box | None:
-    """``box`` of the picture in 0..1 of ``frame``, cut to it; None if nothing is left."""
-    width, height = frame.x2 - frame.x1, frame.y2 - frame.y1
-    return clipped_box(
-        (box.x1 - frame.x1) / width, (box.y1 - frame.y1) / height, (box.x2 - frame.x1) / width,
-        (box.y2 - frame.y1) / height,
-    )
-
-
-def out_of_frame(box: Box, frame: Box) -> Box:
-    """``box`` in 0..1 of ``frame``, in 0..1 of the picture."""
-    width, height = frame.x2 - frame.x1, frame.y2 - frame.y1
-    whole = clipped_box(
-        frame.x1 + box.x1 * width, frame.y1 + box.y1 * height, frame.x1 + box.x2 * width, frame.y1 + box.y2 * height
-    )
-    assert whole is not None, "a box of a part of the picture is a box of the picture"
-    return whole

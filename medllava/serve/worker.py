@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medllava.errors import CheckpointError, ConfigError, MissingExtraError, run_cli
+from medllava.errors import CheckpointError, ConfigError, MissingExtraError, is_out_of_memory, run_cli
 from medllava.model.hub import display_name, local_folder
-from medllava.serve.faults import is_out_of_memory
 
 if TYPE_CHECKING:
     from medllava.model.answerer import Answerer

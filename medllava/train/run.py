@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from medllava.config import to_yaml
 from medllava.conversation import InstructionSample
 from medllava.errors import ConfigError
-from medllava.jsonl import atomic_write, read_json, write_json
+from medllava.jsonl import atomic_write, file_sha256, read_json, write_json
 from medllava.model import checkpoint, manifest, tiny
 from medllava.model.embeddings import load_encoder
 from medllava.model.image_text import data_sha256, read_image_texts
@@ -582,7 +582,7 @@ def _identity(recipe: AnyRecipe, paths: Paths) -> dict[str, Any]:
     start = None
     if paths.init_from is not None:
         marks = [paths.init_from / name for name in (manifest.FILE, "config.json")]
-        start = next((manifest.file_sha256(mark) for mark in marks if mark.is_file()), None)
+        start = next((file_sha256(mark) for mark in marks if mark.is_file()), None)
     return {
         "recipe": recipe.model_dump(mode="json"), "data_sha256": data_sha256(paths.data), "init_sha256": start,
     } | ({"mix": [[data_sha256(file), part] for file, part in paths.mix]} if paths.mix else {})

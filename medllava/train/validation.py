@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from medllava.conversation import InstructionSample
 from medllava.errors import DataError
+from medllava.jsonl import file_sha256
 from medllava.model.answerer import Answerer, Question
 from medllava.model.checkpoint import Loaded
-from medllava.model.manifest import file_sha256
 from medllava.train.batch import Batch
 from medllava.train.dataset import open_picture
 from medllava.train.forward import embeddings, hidden_states

@@ -342,9 +342,9 @@ def serve() -> Iterator[Callable[[Any], str]]:
         stop()
 
 
-def serve_in_thread(app: Any) -> tuple[str, Callable[[], None]]:
-    """Serve an ASGI application on a free port; returns its address and how to stop it."""
-    listener = socket.create_server(("127.0.0.1", 0))
+def serve_in_thread(app: Any, port: int = 0) -> tuple[str, Callable[[], None]]:
+    """Serve an ASGI application on ``port``, 0 for any free one; returns its address and how to stop it."""
+    listener = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -355,6 +355,22 @@ def serve_in_thread(app: Any) -> tuple[str, Callable[[], None]]:
         listener.close()
 
     return f"http://127.0.0.1:{listener.getsockname()[1]}", stop
+
+
+@pytest.fixture
+def at_port() -> Iterator[Callable[..., Callable[[], None]]]:
+    """Serve a scripted worker on a chosen port; returns how to stop it."""
+    stops: list[Callable[[], None]] = []
+
+    def start(port: int, model: str = "scripted") -> Callable[[], None]:
+        answerer = ScriptedAnswerer(model_id=model)
+        _, stop = serve_in_thread(create_app(lambda: [answerer]), port)  # type: ignore[list-item,return-value]
+        stops.append(stop)
+        return stop
+
+    yield start
+    for stop in stops:
+        stop()
 
 
 @pytest.fixture

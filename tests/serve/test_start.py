@@ -22,47 +22,12 @@ from PIL import Image
 
 from medllava.images import to_data_uri
 from medllava.model import checkpoint
-from medllava.serve.app import create_app
 from medllava.serve.client import Worker
 from medllava.serve.page import build, launch
 from medllava.serve.web import free_port
 
 Wait = Callable[..., None]
 SEEN_S = 5.0
-
-
-@pytest.fixture
-def at_port(scripted: Any) -> Iterator[Callable[..., Callable[[], None]]]:
-    """Serve a scripted worker on a chosen port; returns how to stop it."""
-    import socket
-    import threading
-
-    import uvicorn
-
-    stops: list[Callable[[], None]] = []
-
-    def start(port: int, model: str = "scripted") -> Callable[[], None]:
-        answerer = type(scripted)(model_id=model)
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-        server = uvicorn.Server(
-            uvicorn.Config(create_app(lambda: [answerer]), log_level="warning", timeout_graceful_shutdown=1)
-        )
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-
-        def stop() -> None:
-            server.should_exit = True
-            thread.join(10)
-            listener.close()
-
-        stops.append(stop)
-        return stop
-
-    yield start
-    for stop in stops:
-        stop()
 
 
 @pytest.fixture

@@ -28,6 +28,14 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "medllava", *map(str, arguments)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_real_time_priority() -> Iterator[None]:
+    """A library that raises the priority of the tests, for which it must be root, would starve the whole machine."""
+    yield
+    if sys.platform == "linux":
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER, "a test left this process on a real-time priority"
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY

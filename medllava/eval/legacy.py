@@ -7,49 +7,87 @@ faults that are kept on purpose:
   "Exact match" is the number of distinct reference words in the answer over all words of the answer. Only the first 32
   full stops of a text are removed in each of two passes. A set without closed questions has a yes/no accuracy of 0.
 - ``pmc_eval``: a lone capital anywhere is taken for the option, so "The answer is B" is option T.
-- both: an anchor file of another model's answers cuts each answer to that answer's length.
-- ``quilt_gpt_summarize``: failed judgements (-1) are averaged in.
+- both: an anchor file of another model's answers cuts each answer to that answer's length. ``quilt_eval`` looks at the
+  place of an anchor's row only, never at its question, and ends where the anchors end.
+- ``quilt_gpt_summarize``: failed judgements (-1) are averaged in; it ends where the shorter of its two files ends.
 
-One fault is not kept: a set without open questions gives None for them instead of stopping.
+One fault is not kept: a set without open questions (or, for ``pmc_eval``, without pictures) gives None for them instead
+of stopping.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from medllava.errors import ConfigError, DataError
 from medllava.jsonl import read_json, read_rows
 
+log = logging.getLogger(__name__)
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The result of ``score --legacy``. Raises ConfigError for a missing flag, DataError for files that do not fit."""
+
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The result of ``score --legacy``, and the lines that the original prints of it. Raises ConfigError for a missing
+    flag, DataError for files that do not fit."""
+    answers = _rows(arguments.answers)
     if arguments.legacy == "quilt_gpt_summarize":
         if arguments.context is None:
             raise ConfigError("--legacy quilt_gpt_summarize needs the captions file: --context FILE")
-        return quilt_gpt_summarize(_rows(arguments.answers), _rows(arguments.context))
+        with _of_files(arguments.answers, arguments.context):
+            captions = _rows(arguments.context)
+            title = arguments.answers.name.replace("gpt4_text_", "").replace(".jsonl", "")
+            return quilt_gpt_summarize(answers, captions), _summary_lines(title, _means(answers, captions))
     if arguments.questions is None:
         raise ConfigError(f"--legacy {arguments.legacy} needs the question file: --gt FILE")
     truth = read_json(arguments.questions)
-    answers = _rows(arguments.answers)
+    if not isinstance(truth, list) or not all(isinstance(row, dict) for row in truth):
+        raise DataError(f"{arguments.questions}: the original scripts read one JSON list of objects")
     _check_ids([row.get("id") for row in truth], answers, arguments.answers)
     anchor = _rows(arguments.anchor) if arguments.anchor else None
-    if anchor is not None:
-        _check_ids([row.get("id") for row in truth], anchor, arguments.anchor)
-    try:
+    with _of_files(arguments.questions, arguments.answers):
         if arguments.legacy == "pmc_eval":
-            return pmc_eval(truth, answers, anchor)
-        return quilt_eval(truth, answers, anchor, quilt=arguments.quilt)
-    except KeyError as error:
-        raise DataError(f"{arguments.questions} or {arguments.answers}: a row has no {error}") from error
+            if anchor is not None:
+                _check_ids([row.get("id") for row in truth], anchor, arguments.anchor)
+            result = pmc_eval(truth, answers, anchor)
+            return result, _pmc_line(result)
+        if anchor and [row.get("question_id") for row in anchor] != [row.get("id") for row in truth]:
+            log.warning(
+                "%s: its questions are not those of the answers, which the original does not look at; %d of %d rows are"
+                " scored", arguments.anchor, min(len(anchor), len(truth)), len(truth),
+            )
+        result = quilt_eval(truth, answers, anchor, quilt=arguments.quilt)
+        return result, _quilt_table(result)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in read_rows(path)]
+
+
+@contextmanager
+def _of_files(first: Path, second: Path) -> Iterator[None]:
+    """Names the files in the fault of a row."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{first} and {second}: {error}") from error
+
+
+@contextmanager
+def _row(number: int) -> Iterator[None]:
+    """A row that the original would stop at gives one clear line."""
+    try:
+        yield
+    except KeyError as error:
+        raise DataError(f"row {number} has no {error}") from error
+    except (AttributeError, TypeError, IndexError) as error:
+        raise DataError(f"row {number} holds something else than the original reads ({error})") from error
 
 
 def _check_ids(expected: Sequence[Any], answers: Sequence[dict[str, Any]], path: Path) -> None:
@@ -73,17 +111,18 @@ def quilt_eval(
     (``yes_no_accuracy``). ``quilt``: the truth of a closed question is in ``yes_no_answer``."""
     open_scores: list[tuple[float, float, float, float]] = []
     hits: list[bool] = []
-    for row, answer, limit in zip(truth, answers, anchor or answers, strict=True):
-        expected = normalise(row["answer"].lower())
-        given = normalise(answer["text"].lower())[: len(normalise(limit["text"].lower()))]
-        if row["answer_type"] in {"OPEN", "other"}:
-            open_scores.append(word_scores(given, expected))
-        elif row["answer_type"] == "CLOSED":
-            wanted = row["yes_no_answer"].lower() if quilt else expected
-            if wanted not in {"yes", "no"}:
-                raise DataError(f"question {row['id']}: closed, but {wanted!r} is neither yes nor no; try --quilt")
-            words = given.replace(",", "").split(" ")
-            hits.append(wanted == ("no" if "no" in words or "not" in words else "yes"))
+    for number, (row, answer, limit) in enumerate(zip(truth, answers, anchor or answers, strict=False)):
+        with _row(number):
+            expected = normalise(row["answer"].lower())
+            given = normalise(answer["text"].lower())[: len(normalise(limit["text"].lower()))]
+            if row["answer_type"] in ("OPEN", "other"):
+                open_scores.append(word_scores(given, expected))
+            elif row["answer_type"] == "CLOSED":
+                wanted = row["yes_no_answer"].lower() if quilt else expected
+                if wanted not in {"yes", "no"}:
+                    raise DataError(f"row {number} is closed, but {wanted!r} is neither yes nor no; try --quilt")
+                words = given.replace(",", "").split(" ")
+                hits.append(wanted == ("no" if "no" in words or "not" in words else "yes"))
     columns = list(zip(*open_scores, strict=True)) or [()] * 4
     names = ("exact_match", "f1", "precision", "recall")
     return {
@@ -92,8 +131,29 @@ def quilt_eval(
     }
 
 
+def _quilt_table(result: dict[str, Any]) -> str:
+    """The original's table: six digits that count, decimal points below each other."""
+    names = {"exact_match": "exact match score", "f1": "f1 score", "precision": "precision", "recall": "recall",
+             "yes_no_accuracy": "yes/no accuracy"}
+    cells = ["" if result[name] is None else f"{result[name]:g}" for name in names]
+    behind = [len(cell) - cell.index(".") - 1 if "." in cell else -1 for cell in cells]
+    cells = [cell + " " * (max(behind) - digits) for cell, digits in zip(cells, behind, strict=True)]
+    wide = max(13, *map(len, cells))
+    lines = [f"{title:<17}  {cell:>{wide}}" for title, cell in zip(names.values(), cells, strict=True)]
+    head = [f"{'Metric':<17}  {'Performance':>{wide}}", f"{'-' * 17}  {'-' * wide}"]
+    return "\n".join(line.rstrip() for line in (*head, *lines))
+
+
+def _sum(values: Sequence[float]) -> float:
+    """One after the other, as the originals add; ``sum`` of Python 3.12 corrects the last digits."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
 def _percent(values: Sequence[float]) -> float | None:
-    return 100 * (sum(values) / len(values)) if values else None
+    return 100 * (_sum(values) / len(values)) if values else None
 
 
 def word_scores(given: str, expected: str) -> tuple[float, float, float, float]:
@@ -171,13 +231,30 @@ _PMC_PATTERNS = tuple(
 def pmc_eval(
     truth: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]], anchor: Sequence[dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """``accuracy`` in percent of lettered answers."""
-    parsed = [
-        read_letter(answer["text"][: len(limit["text"])])
-        for answer, limit in zip(answers, anchor or answers, strict=True)
-    ]
-    hits = [letter == row["conversations"][1]["value"] for letter, row in zip(parsed, truth, strict=True)]
-    return {"accuracy": _percent(hits), "correct": sum(hits), "count": len(hits), "failed": parsed.count("FAILED")}
+    """``accuracy`` in percent of lettered answers, and ``img_accuracy``, of those whose prompt holds ``<image>``."""
+    failed = 0
+    hits: list[bool] = []
+    with_image: list[bool] = []
+    for number, (answer, limit, row) in enumerate(zip(answers, anchor or answers, truth, strict=True)):
+        with _row(number):
+            letter = read_letter(answer["text"][: len(limit["text"])])
+            failed += letter == "FAILED"
+            hits.append(letter == row["conversations"][1]["value"])
+            if "<image>" in answer.get("prompt", ""):
+                with_image.append(hits[-1])
+    return {
+        "accuracy": _percent(hits), "img_accuracy": _percent(with_image), "correct": sum(hits), "count": len(hits),
+        "failed": failed,
+    }
+
+
+def _pmc_line(result: dict[str, Any]) -> str:
+    accuracy, with_image = ("-" if value is None else f"{value:.2f}%" for value in (
+        result["accuracy"], result["img_accuracy"]
+    ))
+    return (
+        f"Total: {result['count']}, Correct: {result['correct']}, Accuracy: {accuracy}, IMG-Accuracy: {with_image}"
+    )
 
 
 def read_letter(text: str) -> str:
@@ -198,19 +275,45 @@ def read_letter(text: str) -> str:
 
 def quilt_gpt_summarize(reviews: Sequence[dict[str, Any]], captions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Relative score per category (``conv``, ``detail``), per type of tissue and for ``all``: 100 x the mean of the
-    second score over the mean of the first, means rounded to 3 places, result to 1."""
-    tissue = {row["question_id"]: row["type"] for row in captions}
+    second score over the mean of the first, means rounded to 3 places, result to 1. Raises DataError where the two
+    files are not of the same questions in the same order."""
+    return {key: _ratio(first, second) for key, (first, second) in _means(reviews, captions)}
+
+
+def _ratio(first: float, second: float) -> float | None:
+    return round(second / first * 100, 1) if first and math.isfinite(second / first) else None
+
+
+def _summary_lines(title: str, means: Iterable[tuple[str, tuple[float, float]]]) -> str:
+    """Relative score, and both means times ten."""
+    lines = [title]
+    for key, (first, second) in means:
+        ratio = _ratio(first, second)
+        lines.append(f"{key} {'-' if ratio is None else ratio} {round(first * 10, 1)} {round(second * 10, 1)}")
+    return "\n".join([*lines, "=" * 33])
+
+
+def _means(
+    reviews: Sequence[dict[str, Any]], captions: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Mean of the first and of the second score, rounded to 3 places, per category, type of tissue, and all."""
     pairs: dict[str, list[tuple[float, float]]] = {}
-    for number, review in enumerate(reviews):
-        scores = review.get("tuple", review.get("score"))
-        if not isinstance(scores, list) or len(scores) != 2:
-            raise DataError(f"review {number}: expected two scores in 'tuple'")
-        if review["question_id"] not in tissue:
-            raise DataError(f"review {number}: question {review['question_id']!r} is not in the captions file")
-        for key in (tissue[review["question_id"]], review["category"], "all"):
-            pairs.setdefault(key, []).append((float(scores[0]), float(scores[1])))
-    result = {}
+    for number, (review, caption) in enumerate(zip(reviews, captions, strict=False)):
+        with _row(number):
+            if review["question_id"] != caption["question_id"]:
+                raise DataError(
+                    f"row {number} is question {review['question_id']!r} in the one and {caption['question_id']!r} in"
+                    " the other; the original needs both in one order"
+                )
+            scores = review["tuple"] if "category" in review or "tuple" in review else review["score"]
+            if (
+                not isinstance(scores, list) or len(scores) < 2
+                or not all(isinstance(score, int | float) for score in scores)
+            ):
+                raise DataError(f"row {number}: expected two scores as numbers, got {scores!r}")
+            keys = [review["category"], "all"] if "category" in review else ["all"]
+            for key in (*keys, *([caption["type"]] if caption["type"] else [])):
+                pairs.setdefault(str(key), []).append((scores[0], scores[1]))
     for key in sorted(pairs):
-        first, second = (round(sum(column) / len(column), 3) for column in zip(*pairs[key], strict=True))
-        result[key] = round(second / first * 100, 1) if first else None
-    return result
+        first, second = (round(_sum(column) / len(column), 3) for column in zip(*pairs[key], strict=True))
+        yield key, (first, second)

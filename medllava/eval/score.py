@@ -48,6 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quilt", action="store_true", help="with --legacy quilt_eval: yes_no_answer is the truth")
     parser.add_argument("--anchor", type=Path, help="with --legacy: answers whose lengths cut these")
     parser.add_argument("--context", type=Path, help="with --legacy quilt_gpt_summarize: the captions file")
+    parser.add_argument("--as-printed", action="store_true", help="with --legacy: the lines that the original prints")
 
 
 def configure_bertscore(parser: argparse.ArgumentParser) -> None:
@@ -62,13 +63,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.legacy:
         from medllava.eval import legacy
 
-        result: dict[str, Any] = legacy.run(arguments)
+        result, lines = legacy.run(arguments)
         if arguments.out:
             write_json(arguments.out, result)
-        print(json.dumps(result, indent=1))
+        print(lines if arguments.as_printed else json.dumps(result, indent=1, ensure_ascii=False))
         return 0
-    if arguments.quilt or arguments.anchor or arguments.context:
-        raise ConfigError("--quilt, --anchor and --context belong to --legacy")
+    if arguments.quilt or arguments.anchor or arguments.context or arguments.as_printed:
+        raise ConfigError("--quilt, --anchor, --context and --as-printed belong to --legacy")
     bert = (arguments.bertscore_model, arguments.bertscore_layer) if arguments.bertscore_model else None
     report, rows = score_files(arguments.answers, arguments.questions, seed=arguments.seed, bert=bert)
     if not arguments.out:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,13 @@ def legacy(*arguments: str, out: Path) -> dict[str, Any]:
     return result
 
 
+def printed(*arguments: str) -> str:
+    """What ``--as-printed`` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        assert commands.main(["score", *arguments, "--as-printed"]) == 0
+    return told.getvalue().strip()
+
+
 @needs_tables
 @pytest.mark.parametrize("name", SETS or ["none"])
 def test_the_originals_tables(name: str, tmp_path: Path) -> None:
@@ -39,13 +49,15 @@ def test_the_originals_tables(name: str, tmp_path: Path) -> None:
     if name.startswith("pmc"):
         found = legacy("--legacy", "pmc_eval", *line, out=tmp_path / "o.json")
         assert (found["accuracy"], found["failed"]) == (expected["acc"], expected["n_failed"])
+        assert printed("--legacy", "pmc_eval", *line) == expected["command"]["stdout"].strip()
         for row in expected["rows"]:
             assert read_letter(row["pred_text_used"]) == row["parsed"]
         return
     line += ["--quilt"] if expected["quilt_flag"] else []
     found = legacy("--legacy", "quilt_eval", *line, out=tmp_path / "o.json")
     for key in ("exact_match", "f1", "precision", "recall", "yes_no_accuracy", "n_open", "n_closed"):
-        assert found[key] == pytest.approx(expected["aggregate"][key], abs=1e-9)
+        assert found[key] == expected["aggregate"][key], "to the last digit"
+    assert printed("--legacy", "quilt_eval", *line) == expected["table"]
     for row in expected["rows"]:
         if row["kind"] == "open":
             scores = word_scores(row["norm_pred"], row["norm_gt"])
@@ -57,12 +69,15 @@ def test_the_originals_tables(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["Qreview-gpt4", "Qreview-gpt4-liuhaotian"])
 def test_the_originals_judge_summary(name: str, tmp_path: Path) -> None:
     folder = TABLES / "gpt_summary"
-    found = legacy(
-        "--legacy", "quilt_gpt_summarize", "--answers", str(folder / f"{name}.min.jsonl"), "--context",
-        str(folder / "captions.min.jsonl"), out=tmp_path / "o.json",
-    )
-    printed = (folder / f"{name}.expected.txt").read_text().splitlines()[1:-1]
-    assert found == {line.rsplit(" ", 3)[0]: float(line.rsplit(" ", 3)[1]) for line in printed}
+    reviews = tmp_path / f"{name}.jsonl"
+    shutil.copy(folder / f"{name}.min.jsonl", reviews)
+    line = ["--legacy", "quilt_gpt_summarize", "--answers", str(reviews), "--context"]
+    line.append(str(folder / "captions.min.jsonl"))
+    found = legacy(*line, out=tmp_path / "o.json")
+    shown = (folder / f"{name}.expected.txt").read_text().strip()
+    lines = shown.splitlines()[1:-1]
+    assert found == {line.rsplit(" ", 3)[0]: float(line.rsplit(" ", 3)[1]) for line in lines}
+    assert printed(*line) == shown
 
 
 @pytest.mark.parametrize(
@@ -117,6 +132,53 @@ def test_summary_by_hand_averages_failures_in() -> None:
         {"question_id": 1, "category": "conv", "tuple": [-1, -1]},
     ]
     assert quilt_gpt_summarize(reviews, captions) == {"Bone": 75.0, "Renal": 100.0, "all": 71.4, "conv": 71.4}
+
+
+def test_reviews_as_the_original_walks_through_them() -> None:
+    """By place, as far as both files go; without category or type only into the parts there are; numbers only."""
+    captions = [{"question_id": n, "type": "Bone" if n else None} for n in range(3)]
+    reviews: list[dict[str, Any]] = [
+        {"question_id": 0, "score": [8, 6]}, {"question_id": 1, "category": "conv", "tuple": [4, 7.5, 1]},
+    ]
+    assert quilt_gpt_summarize(reviews, captions) == {"Bone": 187.5, "all": 112.5, "conv": 187.5}
+    assert quilt_gpt_summarize(reviews, captions[:1]) == {"all": 75.0}
+    assert quilt_gpt_summarize([{"question_id": 0, "score": [0, 6]}], captions) == {"all": None}
+    for odd in ("8 7", [8], ["8", "7"], [8, None], None):
+        with pytest.raises(DataError, match="row 0: expected two scores as numbers"):
+            quilt_gpt_summarize([{"question_id": 0, "score": odd}], captions)
+    with pytest.raises(DataError, match="row 0 is question 1 in the one and 0 in the other"):
+        quilt_gpt_summarize(reviews[1:], captions)
+    with pytest.raises(DataError, match="row 0 has no 'tuple'"):
+        quilt_gpt_summarize([{"question_id": 0, "category": "conv", "score": [8, 6]}], captions)
+
+
+def test_anchors_cut_by_place_and_end_the_set() -> None:
+    """The original looks neither at an anchor's question nor at how many anchors there are."""
+    truth = [{"id": n, "answer_type": "OPEN", "answer": "gland"} for n in range(3)]
+    given = [{"text": "gland in stroma"}, {"text": "gland"}, {"text": "gland"}]
+    anchors = [{"question_id": 9, "text": "x----"}, {"question_id": 8, "text": "gland"}]
+    found = quilt_eval(truth, given, anchors)
+    assert (found["n_open"], found["f1"]) == (2, 50.0)
+    assert quilt_eval(truth, given, [])["n_open"] == 3
+
+
+def test_accuracy_of_prompts_with_a_picture() -> None:
+    truth = [{"conversations": [{}, {"value": "B"}]}] * 3
+    found = pmc_eval(truth, [{"text": "B", "prompt": "<image>\nx"}, {"text": "C", "prompt": "<image>"}, {"text": "B"}])
+    assert found["img_accuracy"] == 50 and found["count"] == 3
+    assert pmc_eval(truth[:1], [{"text": "B"}])["img_accuracy"] is None
+
+
+@pytest.mark.parametrize("answer", [3, None, ["gland"]])
+def test_a_row_that_the_original_stops_at_is_one_clear_line(answer: object, tmp_path: Path) -> None:
+    gt, answers = tmp_path / "gt.json", tmp_path / "a.jsonl"
+    gt.write_text(json.dumps([{"id": 0, "answer_type": "OPEN", "answer": answer}]))
+    answers.write_text('{"question_id": 0, "text": "gland"}\n')
+    with pytest.raises(DataError, match=r"gt.json and .*a.jsonl: row 0 holds something else"):
+        commands.main(["score", "--answers", str(answers), "--legacy", "quilt_eval", "--gt", str(gt)])
+    gt.write_text('{"id": 0}')
+    with pytest.raises(DataError, match="one JSON list"):
+        commands.main(["score", "--answers", str(answers), "--legacy", "quilt_eval", "--gt", str(gt)])
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import stat
 import threading
 import time
@@ -38,6 +37,7 @@ from medllava.phantom.tissue import Finding, render_tissue, sample_stain
 from medllava.serve.app import create_app
 from medllava.serve.client import Worker
 from medllava.serve.intake import Limits
+from medllava.serve.worker import listen
 
 PAUSE_S = 0.02
 
@@ -344,7 +344,7 @@ def serve() -> Iterator[Callable[[Any], str]]:
 
 def serve_in_thread(app: Any, port: int = 0) -> tuple[str, Callable[[], None]]:
     """Serve an ASGI application on ``port``, 0 for any free one; returns its address and how to stop it."""
-    listener = socket.create_server(("127.0.0.1", port))
+    listener = listen("127.0.0.1", port)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example: medllava model assemble --vision-tower siglip2 --language qwen3-8b start",
     )
     assemble.add_argument("target", metavar="DST", type=Path)
-    assemble.add_argument("--vision-tower", metavar="DIR", required=True, help="CLIP or SigLIP: folder or hub id")
+    assemble.add_argument(
+        "--vision-tower", metavar="DIR", required=True, help="CLIP, SigLIP, DINOv2, DINOv3, ViT, ...: folder or hub id"
+    )
     assemble.add_argument("--language", metavar="DIR", required=True, help="language model: folder or hub id")
     assemble.add_argument("--chat-format", help="default: template (the language model's own), if it has one")
     assemble.add_argument("--feature-layer", type=int, default=-2, help="of the encoder (default: %(default)s)")

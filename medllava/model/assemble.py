@@ -14,9 +14,10 @@ import torch
 from medllava.conversation import IMAGE_TAG, Turn
 from medllava.errors import CheckpointError, ConfigError, first_line
 from medllava.model import checkpoint
-from medllava.model.convert import open_tokenizer, open_tower, with_rows
+from medllava.model.convert import open_tokenizer, with_rows
 from medllava.model.pixels import square_padding, tokens_per_image
 from medllava.model.prompt import TEMPLATES, PromptBuilder
+from medllava.model.tower import extra_tokens, open_tower
 
 
 def assemble(
@@ -25,9 +26,10 @@ def assemble(
 ) -> None:
     """Write a full checkpoint ``target`` from two Hugging Face folders (or hub ids).
 
-    vision_tower: CLIP or SigLIP, with or without its text encoder. language: any decoder that transformers opens as a
-    causal language model. chat_format: by default ``template`` if the tokenizer has a chat template. feature_layer: the
-    hidden state of the encoder that the projector reads (its patches; CLIP's class token is left out).
+    vision_tower: CLIP or SigLIP, with or without its text encoder, or another encoder that :mod:`medllava.model.tower`
+    opens. language: any decoder that transformers opens as a causal language model. chat_format: by default
+    ``template`` if the tokenizer has a chat template. feature_layer: the hidden state of the encoder that the projector
+    reads: its patches, and registers if it has them; a class token is left out.
     Raises CheckpointError or ConfigError, with nothing left in ``target``.
     """
     tokenizer = open_tokenizer(language)
@@ -43,8 +45,9 @@ def assemble(
     tokenizer.padding_side = "left"
 
     tower, image_processor = open_tower(vision_tower)
-    model = _joined(tower, _language_model(language), tokenizer, feature_layer, seed)
-    processor = _processor(tokenizer, image_processor, tower, model.config)
+    extra = extra_tokens(tower, image_processor, feature_layer)
+    processor = _processor(tokenizer, image_processor, tower, extra)
+    model = _joined(tower, _language_model(language), tokenizer, feature_layer, processor, seed)
     prompts = PromptBuilder(
         tokenizer, chat_format, tokens_per_image=tokens_per_image(processor), template=processor.chat_template
     )
@@ -74,7 +77,7 @@ def _language_model(place: Path | str) -> Any:
     return model
 
 
-def _joined(tower: Any, language: Any, tokenizer: Any, feature_layer: int, seed: int) -> Any:
+def _joined(tower: Any, language: Any, tokenizer: Any, feature_layer: int, processor: Any, seed: int) -> Any:
     """A LlavaForConditionalGeneration of both, in the language model's number format."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -89,8 +92,8 @@ def _joined(tower: Any, language: Any, tokenizer: Any, feature_layer: int, seed:
     config = LlavaConfig(
         text_config=text, vision_config=vision, image_token_index=image_id, projector_hidden_act="gelu",
         vision_feature_layer=feature_layer,
-        vision_feature_select_strategy="full" if _is_siglip(tower) else "default",
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2, tie_word_embeddings=tied,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        image_seq_length=tokens_per_image(processor), tie_word_embeddings=tied,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -120,16 +123,12 @@ def _joined(tower: Any, language: Any, tokenizer: Any, feature_layer: int, seed:
     return model
 
 
-def _processor(tokenizer: Any, image_processor: Any, tower: Any, config: Any) -> Any:
+def _processor(tokenizer: Any, image_processor: Any, tower: Any, extra: int) -> Any:
+    """``extra``: states before those of the patches; the first of them is the class token."""
     from transformers import LlavaProcessor
 
     return LlavaProcessor(
         image_processor=square_padding(image_processor), tokenizer=tokenizer, patch_size=tower.config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=int(not _is_siglip(tower)), chat_template=tokenizer.chat_template,
+        vision_feature_select_strategy="default" if extra else "full", num_additional_image_tokens=extra,
+        chat_template=tokenizer.chat_template,
     )
-
-
-def _is_siglip(tower: Any) -> bool:
-    """SigLIP has no class token."""
-    return "siglip" in str(tower.config.model_type)

@@ -27,6 +27,7 @@ from medllava.model import checkpoint, manifest
 from medllava.model.manifest import Padding
 from medllava.model.pixels import square_padding
 from medllava.model.prompt import TEMPLATES
+from medllava.model.tower import extra_tokens, open_tower
 
 log = logging.getLogger(__name__)
 
@@ -221,30 +222,6 @@ def _tower(source: Path, config: dict[str, Any], folder: Path | None) -> tuple[A
     return open_tower(folder or (beside if beside.is_dir() else Path(named) if Path(named).is_dir() else named))
 
 
-def open_tower(place: Path | str) -> tuple[Any, Any]:
-    """A CLIP or SigLIP image encoder (also out of a folder that holds the text encoder, too), and its image processor.
-
-    Raises CheckpointError."""
-    from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, SiglipVisionModel
-
-    try:
-        kind = str(AutoConfig.from_pretrained(place).model_type)
-        families = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
-        family = families.get(kind.removesuffix("_vision_model"))
-        if family is None:
-            raise CheckpointError(f"vision tower {place}: model_type is {kind!r}; known: {', '.join(families)}")
-        tower, report = family.from_pretrained(place, output_loading_info=True)
-        image_processor = AutoImageProcessor.from_pretrained(place, backend="pil")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"vision tower {place}: cannot be opened ({first_line(error)}); give its folder with --vision-tower DIR"
-        ) from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise CheckpointError(f"vision tower {place}: tensors are missing or misfit: {', '.join(names[:5])}")
-    return tower, image_processor
-
-
 # -- putting together ------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +278,7 @@ def _assembled(
     processor = LlavaProcessor(
         image_processor=image_processor, tokenizer=tokenizer, patch_size=tower.config.patch_size,
         vision_feature_select_strategy=made.vision_feature_select_strategy,
-        num_additional_image_tokens=int("siglip" not in tower.config.model_type),
+        num_additional_image_tokens=extra_tokens(tower, image_processor, made.vision_feature_layer),
     )
     return model, processor
 

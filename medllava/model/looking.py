@@ -13,6 +13,7 @@ not what mattered (Jain & Wallace 2019), and in deep layers a patch's token hold
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,11 +165,12 @@ class Looker:
         layers = [layer.self_attn for layer in getattr(language, "layers", [])[-LAST_LAYERS:]]
         ids = torch.tensor(question.ids)
         tokens = self._answerer.num_image_tokens
-        side = round(tokens**0.5)
-        if not layers or side * side != tokens:
+        if not layers:
             return None
-        first = len(question.before) * tokens
-        patches = (ids == self._image_token_id).nonzero()[first : first + tokens, 0]
+        side = math.isqrt(tokens)
+        end = (len(question.before) + 1) * tokens
+        # Some encoders put registers before the patches.
+        patches = (ids == self._image_token_id).nonzero()[end - side * side : end, 0]
         asking = (torch.tensor(question.labels) != IGNORE).nonzero()[:, 0] - 1
         found: list[torch.Tensor] = []
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from medllava.model.tower import blocks
 from medllava.train.config import TuneRecipe
 
 # Dense bfloat16 operations per second as the makers state them, without sparsity, and GB of memory (a number of GB in
@@ -161,10 +162,7 @@ def memory(
 def _tower(model: Any, image_tokens: int) -> tuple[float, bool]:
     """(operations of the vision tower per picture, whether any of its layers trains)."""
     tower = model.model.vision_tower
-    core = getattr(tower, "vision_model", tower)
-    config = tower.config
-    patches = (config.image_size // config.patch_size) ** 2 or image_tokens
-    layers = list(core.encoder.layers)
+    layers = blocks(tower)
     used = model.config.vision_feature_layer
     last = max(state % (len(layers) + 1) for state in (used if isinstance(used, list) else [used]))
     total, trains = 0.0, False
@@ -172,9 +170,10 @@ def _tower(model: Any, image_tokens: int) -> tuple[float, bool]:
         learns = any(value.requires_grad for value in layer.parameters())
         trains |= learns
         count = sum(value.numel() for value in layer.parameters() if value.dim() >= 2)
-        total += (6 if learns else 2) * (count * patches + 2 * patches * patches * config.hidden_size)
-    embedding = sum(value.numel() for name, value in core.embeddings.named_parameters() if "patch" in name)
-    return total + 2 * embedding * patches, trains
+        attention = 2 * image_tokens * image_tokens * tower.config.hidden_size
+        total += (6 if learns else 2) * (count * image_tokens + attention)
+    embedding = sum(value.numel() for name, value in tower.named_parameters() if "patch_embed" in name)
+    return total + 2 * embedding * image_tokens, trains
 
 
 def _count(parameter: nn.Parameter) -> int:

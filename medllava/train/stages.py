@@ -11,6 +11,7 @@ from torch import nn
 
 from medllava.errors import ConfigError
 from medllava.model.checkpoint import quiet_peft
+from medllava.model.tower import blocks
 from medllava.train.config import TuneRecipe
 from medllava.train.loop import Group
 
@@ -139,8 +140,7 @@ def _names(model: nn.Module, part: nn.Module) -> list[str]:
 
 def _tower_layers(model: Any) -> list[nn.Module]:
     """The vision tower's layers up to the one whose output is used; those after it would get no gradient."""
-    tower = model.model.vision_tower
-    layers = list(getattr(tower, "vision_model", tower).encoder.layers)
+    layers = blocks(model.model.vision_tower)
     used = model.config.vision_feature_layer
     # The tower's states are its embedding and then the output of each layer, so state n is made by n layers.
     count = max(state % (len(layers) + 1) for state in (used if isinstance(used, list) else [used]))

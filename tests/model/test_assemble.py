@@ -8,9 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    AutoModel,
     AutoProcessor,
+    BitImageProcessorPil,
     CLIPImageProcessor,
     CLIPModel,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -19,14 +24,20 @@ from transformers import (
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTModel,
 )
 
 from medllava.conversation import Turn
 from medllava.errors import CheckpointError, ConfigError
+from medllava.jsonl import write_json
 from medllava.model import checkpoint, tiny
 from medllava.model.__main__ import main
 from medllava.model.answerer import Answerer
 from medllava.model.pixels import tokens_per_image
+from medllava.model.tower import blocks
+from medllava.train.forward import vision_features
 
 CHATML = (
     "{% for turn in messages %}{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}"
@@ -50,6 +61,30 @@ def siglip_folder(folder: Path) -> Path:
     config = SiglipConfig(text_config=text, vision_config=SIZE | {"image_size": 90, "patch_size": 14})
     SiglipModel(config).save_pretrained(folder)
     SiglipImageProcessor(size={"height": 90, "width": 90}).save_pretrained(folder)
+    return folder
+
+
+def encoder_folder(folder: Path, name: str) -> Path:
+    """An encoder of another family, with the processor it is published with: pictures of 56 or 64 pixels."""
+    dino = {key: value for key, value in SIZE.items() if key != "intermediate_size"} | {"image_size": 70}
+    config = {
+        "dinov2": lambda: Dinov2Config(**dino, patch_size=14),
+        "registers": lambda: Dinov2WithRegistersConfig(**dino, patch_size=14, num_register_tokens=4),
+        "dinov3": lambda: DINOv3ViTConfig(**SIZE, image_size=64, patch_size=16, num_register_tokens=4),
+        "vit": lambda: ViTConfig(**SIZE, image_size=64, patch_size=16),
+        "mae": lambda: ViTMAEConfig(**SIZE, image_size=64, patch_size=16),
+    }[name]()
+    # Phikon, a ViT, is published without the pooling layer.
+    model = ViTModel(config, add_pooling_layer=False) if name == "vit" else AutoModel.from_config(config)
+    model.save_pretrained(folder)
+    side = 64 if config.patch_size == 16 else 56
+    if name == "dinov3":  # its processor's class needs torchvision
+        square = {"size": {"height": side, "width": side}, "image_mean": [0.4] * 3, "image_std": [0.2] * 3}
+        kind = {"image_processor_type": "DINOv3ViTImageProcessorFast", "resample": 2}
+        write_json(folder / "preprocessor_config.json", square | kind)
+    else:
+        crop = {"height": side, "width": side}
+        BitImageProcessorPil(size={"shortest_edge": side + 8}, crop_size=crop).save_pretrained(folder)
     return folder
 
 
@@ -112,6 +147,37 @@ def test_both_parts_keep_their_weights_and_it_answers(
     assert torch.isfinite(stock(**inputs).logits).all()
 
 
+@pytest.mark.parametrize(("name", "tokens"), [("dinov2", 16), ("registers", 20), ("dinov3", 20), ("vit", 16)])
+def test_an_encoder_of_another_family_is_read_at_its_patches(name: str, tokens: int, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    eyes = encoder_folder(tmp_path / "tower", name)
+    loaded = assembled(eyes, qwen_folder(tmp_path / "words", tied=True), tmp_path / "out")
+    assert tokens_per_image(loaded.processor) == tokens
+    tower = AutoModel.from_pretrained(eyes, dtype=torch.bfloat16).float().eval()
+    own = loaded.model.model.vision_tower.state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in tower.state_dict().items() if "pooler" not in key)
+    assert len(blocks(loaded.model.model.vision_tower)) == 2
+    # What training reads is what the stock class projects, and what the encoder itself says of its patches.
+    answerer = Answerer(loaded, "x")
+    picture = Image.effect_noise((50, 90), 80).convert("RGB")
+    pixels = answerer.pixels([picture])
+    with torch.inference_mode():
+        features = vision_features(loaded.model, pixels)
+        wanted = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        stock = loaded.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output[0]
+        projected = loaded.model.model.multi_modal_projector(features)[0]
+    assert torch.allclose(features, wanted, atol=1e-6)
+    assert torch.allclose(projected, stock, atol=1e-6)
+    turns = [Turn(role="user", text="Where?")]
+    assert answerer.answer_batch([([picture], turns)], max_new_tokens=3)[0].completion_tokens
+    looked = answerer.looker.look(answerer.looker.prepare([picture], turns, "There.", attention=True))
+    assert looked.attention is not None
+    stock_model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    inputs = AutoProcessor.from_pretrained(tmp_path / "out")(images=picture, text="<image>Where?", return_tensors="pt")
+    assert (inputs["input_ids"] == stock_model.config.image_token_index).sum() == tokens
+    assert torch.isfinite(stock_model(**inputs).logits).all()
+
+
 def test_the_vocabulary_grows_by_the_token_of_pictures(tmp_path: Path) -> None:
     words = llama_folder(tmp_path / "words")
     tokenizer_file = words / "tokenizer.json"
@@ -149,4 +215,12 @@ def test_mistakes_are_told_and_leave_nothing(tmp_path: Path) -> None:
         assembled(tower, tower, tmp_path / "out", "--chat-format", "vicuna_v1")
     with pytest.raises(ConfigError, match="--chat-format latin"):
         assembled(tower, words, tmp_path / "out", "--chat-format", "latin")
+    mae = encoder_folder(tmp_path / "mae", "mae")
+    with pytest.raises(CheckpointError, match=r"hidden state -2 of a picture of 64 x 64 .* at least 16 states"):
+        assembled(mae, words, tmp_path / "out", "--chat-format", "vicuna_v1")
+    timm = {"architecture": "vit_large_patch16_224", "num_features": 1024, "pretrained_cfg": {"input_size": [3, 8, 8]}}
+    for name, file, content in (("timm", "config.json", timm), ("open_clip", "open_clip_config.json", {})):
+        write_json(tmp_path / name / file, content)
+        with pytest.raises(CheckpointError, match=f"in the format of {name}, which is not read; give an encoder in"):
+            assembled(tmp_path / name, words, tmp_path / "out", "--chat-format", "vicuna_v1")
     assert not (tmp_path / "out").exists()

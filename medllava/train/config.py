@@ -167,6 +167,10 @@ class TuneRecipe(_Stage):
     length_grouping: samples of like length share a batch. packing: the samples of a micro-batch share one row,
         and none sees another; a step has the same ``batch_size`` samples and learns the same, without padding (and
         without grouping by length).
+    picture_group: with packing, at most so many samples of a picture come together in a step, and what they begin
+        with alike (system prompt, picture) is computed once for them; losses and gradients are those of the samples
+        apart, but a step holds fewer pictures, and ``flip`` mirrors a picture alike for all its samples in an epoch.
+        1: the order is left to chance, and nothing is shared.
     cache_features: keep the frozen encoder's output instead of computing it every time: in memory (``true``; ``auto``:
         if it fits in ``cache_limit_gb``, in each process) or on ``disk`` (``--feature-cache``).
     precision: ``auto`` is bfloat16 on CUDA, else float32. Trained weights are always float32.
@@ -194,6 +198,7 @@ class TuneRecipe(_Stage):
     max_length: int = Field(default=2048, ge=8)
     length_grouping: bool = True
     packing: bool = False
+    picture_group: int = Field(default=1, ge=1)
     cache_features: Literal["auto", "disk"] | bool = "auto"
     cache_limit_gb: float = 2.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

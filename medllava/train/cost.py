@@ -59,7 +59,7 @@ class Work:
     def of(self, batches: Sequence[Any]) -> float:
         """Of one step on this process."""
         return sum(
-            self.operations(batch.tokens, batch.weight, len(batch.image_positions) // self.image_tokens)
+            self.operations(batch.computed, batch.weight, len(batch.image_positions) // self.image_tokens)
             for batch in batches
         )
 

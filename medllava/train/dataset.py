@@ -24,7 +24,7 @@ from medllava.model.pixels import image_side, pixel_values
 from medllava.model.prompt import IGNORE, Prompt, PromptBuilder
 from medllava.regions import Way, as_mark, draw_mark, marked_name, named_mark
 from medllava.train.augment import choose_variant, flip_pixels, flip_text
-from medllava.train.batch import Batch, Example, collate, lay_out
+from medllava.train.batch import Batch, Example, collate, lay_out, pictures_within, share
 from medllava.train.features import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -249,6 +249,11 @@ class Order:
     """Which samples come at which step. Depends only on its fields, so any step can be asked for at any time.
 
     lengths: of the samples in tokens, for grouping; None to shuffle freely. weights: how often each comes in an epoch.
+    pictures: the first of each sample, or None. At most ``together`` samples of a picture, drawn at random, come one
+        after another, and so (but where a batch ends between them) in one batch; where a picture has more, the others
+        come elsewhere in the epoch, and so do repetitions of a sample. These groups come in random order: each
+        sample still comes as often as before, at any place with the same probability, but the samples of a batch are no
+        longer drawn independently: it holds fewer pictures.
     """
 
     count: int
@@ -256,6 +261,8 @@ class Order:
     seed: int
     lengths: tuple[int, ...] | None = None
     weights: tuple[float, ...] | None = None
+    pictures: tuple[str | None, ...] | None = None
+    together: int = 1
 
     def epoch(self, number: int) -> list[list[int]]:
         """The batches of an epoch; the last may be smaller."""
@@ -265,6 +272,10 @@ class Order:
             times = self.weights[index] if self.weights else 1.0
             chosen += [index] * (int(times) + (rng.random() < times - int(times)))
         rng.shuffle(chosen)
+        if self.pictures is not None and self.together > 1:
+            groups = self._by_picture(chosen)
+            rng.shuffle(groups)
+            chosen = [index for group in groups for index in group]
         if self.lengths is not None:
             # Sorted by length within stretches of 50 batches: like lengths meet, yet every epoch differs.
             stretch = self.batch_size * 50
@@ -275,6 +286,23 @@ class Order:
         batches = [chosen[start : start + self.batch_size] for start in range(0, len(chosen), self.batch_size)]
         rng.shuffle(batches)
         return batches
+
+    def _by_picture(self, chosen: Sequence[int]) -> list[list[int]]:
+        assert self.pictures is not None
+        groups: list[list[int]] = []
+        filling: dict[tuple[str, int], list[int]] = {}
+        times: dict[int, int] = {}
+        for index in chosen:
+            times[index] = times.get(index, 0) + 1
+            picture = self.pictures[index]
+            group = filling.get((picture, times[index])) if picture is not None else None
+            if group is None or len(group) == self.together:
+                group = []
+                groups.append(group)
+                if picture is not None:
+                    filling[picture, times[index]] = group
+            group.append(index)
+        return groups
 
     def batches_per_epoch(self) -> int:
         total = sum(self.weights) if self.weights else self.count
@@ -315,30 +343,51 @@ class Steps(Dataset[Any]):
 
 def micro_batches(
     examples: Examples, pictures: Pictures | None, *, accumulate: int, flip_seed: int | None, pad_id: int,
-    image_token_id: int, rank: int = 0, processes: int = 1, row_length: int | None = None,
+    image_token_id: int, rank: int = 0, processes: int = 1, row_length: int | None = None, shared: bool = False,
 ) -> Callable[[int, list[int]], list[Batch]]:
     """A function for :class:`Steps`: the samples of a step as at most ``accumulate`` batches of this process's share.
-    ``row_length``: pack several samples into rows of so many tokens; see :func:`medllava.train.batch.lay_out`."""
+    ``row_length``: pack several samples into rows of so many tokens; see :func:`medllava.train.batch.lay_out`.
+    ``shared``: compute the common beginning of samples of one picture once; see :func:`medllava.train.batch.share`.
+    All samples of a picture are then mirrored alike in an epoch."""
+    mirrored_as = list(range(len(examples)))
+    if shared:
+        firsts: dict[str | None, int] = {}
+        mirrored_as = [
+            firsts.setdefault(name, index) if name else index for index, name in enumerate(first_pictures(examples))
+        ]
 
     def make(epoch: int, indices: list[int]) -> list[Batch]:
-        variants = [0 if flip_seed is None else choose_variant(flip_seed, epoch, index) for index in indices]
+        variants = [
+            0 if flip_seed is None else choose_variant(flip_seed, epoch, mirrored_as[index]) for index in indices
+        ]
+        mine = [examples.get(*key) for key in zip(indices, variants, strict=True)]
+        groups = [[(place, 0)] for place in range(len(indices))]
         if row_length is None:
             lengths = [examples.lengths[index] for index in indices]
         else:  # a mirrored text may be longer or shorter, and all processes must see the same rows
-            lengths = [len(examples.get(*key).input_ids) for key in zip(indices, variants, strict=True)]
-        shares = lay_out(lengths, accumulate=accumulate, rank=rank, processes=processes, row_length=row_length)
+            if shared:
+                groups = share(mine, variants, image_token_id=image_token_id, room=row_length)
+            lengths = [sum(len(mine[place].input_ids) - known for place, known in group) for group in groups]
         made = []
-        for rows in shares:
-            chosen = [[examples.get(indices[place], variants[place]) for place in row] for row in rows]
+        for rows in lay_out(lengths, accumulate=accumulate, rank=rank, processes=processes, row_length=row_length):
+            parts = [[part for number in row for part in groups[number]] for row in rows]
             wanted = [
-                (name, variants[place]) for row in rows for place in row
-                for name in examples.get(indices[place], variants[place]).images
+                (name, variants[place]) for row in parts for place, known in row
+                for name in mine[place].images[pictures_within(mine[place], known, image_token_id) :]
             ]
             inputs = pictures.stack(wanted) if pictures else {}
-            made.append(collate(chosen, pad_id=pad_id, image_token_id=image_token_id, **inputs))
+            made.append(collate(
+                [[mine[place] for place, _ in row] for row in parts], pad_id=pad_id, image_token_id=image_token_id,
+                known=[[known for _, known in row] for row in parts], **inputs,
+            ))
         return made
 
     return make
+
+
+def first_pictures(examples: Examples) -> tuple[str | None, ...]:
+    """The first picture of each sample, for :class:`Order`."""
+    return tuple(sample.images[0] if sample.images else None for sample in examples.samples)
 
 
 def useful_share(

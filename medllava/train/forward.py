@@ -63,7 +63,8 @@ def hidden_states(model: Any, embeds: torch.Tensor, position_ids: torch.Tensor |
     """(rows, length, width) of the language model's last layer.
 
     ``position_ids`` that start anew within a row keep its samples apart. That holds only without any attention mask
-    and without a cache; FlashAttention and :func:`attend_apart` also want all rows in one.
+    and without a cache; FlashAttention and :func:`attend_apart` also want all rows in one. Samples that share a
+    beginning (see :class:`Batch`) take :func:`attend_apart`.
     """
     language = model.model.language_model
     attention = str(language.config._attn_implementation)
@@ -72,10 +73,7 @@ def hidden_states(model: Any, embeds: torch.Tensor, position_ids: torch.Tensor |
     if positions is not None and ("flash" in attention or attention == APART):
         rows, positions = embeds.flatten(0, 1)[None], positions.flatten()[None]
         if attention == APART:
-            starts = (positions[0] == 0).nonzero()[:, 0].tolist()
-            ends = [*starts[1:], positions.shape[1]]
-            # A tensor, and on the CPU: compiled layers take any number of samples, and no layer waits for the GPU.
-            told["sample_lengths"] = torch.tensor([end - start for start, end in zip(starts, ends, strict=True)])
+            told["samples"] = _samples(positions[0])
             # Anything with four axes is taken for a finished mask, so that none of length x length is made.
             told["attention_mask"] = rows.new_empty(1, 1, 1, 1)
     hidden: torch.Tensor = language(
@@ -84,35 +82,57 @@ def hidden_states(model: Any, embeds: torch.Tensor, position_ids: torch.Tensor |
     return hidden.view_as(embeds)
 
 
-def attend_apart(model: Any) -> None:
+def _samples(positions: torch.Tensor) -> torch.Tensor:
+    """(samples, 3) of a row, from its positions: how many tokens of a sample stand there, how many before these it has
+    in common with an earlier sample, and the number of that one. On the CPU, so that no layer waits for the GPU; a
+    tensor, so that compiled layers take any number of samples."""
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[1:] = positions[1:] != positions[:-1] + 1
+    starts = begins.nonzero()[:, 0]
+    starts, known = torch.stack([starts, positions[starts]]).cpu()
+    ends = torch.cat([starts[1:], torch.tensor([len(positions)])])
+    whole = torch.where(known == 0, torch.arange(len(starts)), 0).cummax(0).values
+    return torch.stack([ends - starts, known, whole], dim=1)
+
+
+def attend_apart(model: Any, *, instead_of_flash: bool = False) -> bool:
     """Where PyTorch's own attention is in use, compute it for each sample of a packed row by itself: the same result
     as under a mask over the whole row, without the pairs of tokens that the mask throws away. Other attention is left
-    as it is; FlashAttention does the same by itself."""
+    as it is; FlashAttention does the same by itself, but knows no shared beginnings. Returns whether it is in use."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     config = model.model.language_model.config
-    if config._attn_implementation == "sdpa":
+    if config._attn_implementation in (("sdpa", "flash_attention_2") if instead_of_flash else ("sdpa",)):
         AttentionInterface.register(APART, _attention_apart)
         AttentionMaskInterface.register(APART, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         config._attn_implementation = APART
+    return bool(config._attn_implementation == APART)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop would be compiled anew for each number of samples
 def _attention_apart(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-    sample_lengths: torch.Tensor | None = None, **options: Any,
+    samples: torch.Tensor | None = None, **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of transformers' interface; ``sample_lengths`` of the one row's samples, or stock attention."""
+    """Attention of transformers' interface; of the one row's ``samples`` (see :func:`_samples`), or stock attention."""
     from transformers.integrations import sdpa_attention
 
     stock: Callable[..., tuple[torch.Tensor, None]] = sdpa_attention.sdpa_attention_forward
-    if sample_lengths is None:
+    if samples is None:
         return stock(module, query, key, value, attention_mask, **options)
     # split, as its gradient is one concatenation; that of a slice would be as long as the row.
-    lengths = sample_lengths.tolist()
-    parts = zip(*(torch.split(each, lengths, dim=2) for each in (query, key, value)), strict=True)
-    found = [stock(module, *part, None, **options)[0] for part in parts]
+    lengths = samples[:, 0].tolist()
+    queries, keys, values = (torch.split(each, lengths, dim=2) for each in (query, key, value))
+    found = []
+    for number, (length, known, whole) in enumerate(samples.tolist()):
+        read, mask = (keys[number], values[number]), None
+        if known:
+            before = (keys[whole][:, :, :known], values[whole][:, :, :known])
+            read = (torch.cat([before[0], read[0]], dim=2), torch.cat([before[1], read[1]], dim=2))
+            # Causal masks begin at the first key; this one ends at the last.
+            mask = torch.ones(1, 1, length, known + length, dtype=torch.bool, device=query.device).tril(known)
+        found.append(stock(module, queries[number], *read, mask, **options)[0])
     return torch.cat(found, dim=1), None
 
 
@@ -133,6 +153,20 @@ def check_packing(model: Any) -> None:
             "packing: samples that share a row see one another with these versions of transformers and its attention"
             f" ({model.model.language_model.config._attn_implementation}); set packing to false"
         )
+    if model.model.language_model.config._attn_implementation == APART:
+        # A whole sample, then one that goes on from its first four tokens.
+        positions = torch.cat([positions[0, :8], positions[0, 4:8]])[None]
+        shared = torch.cat([ids[0, :8], changed[0, 12:]])[None]
+        apart = torch.cat([ids[0, :4], changed[0, 12:]])[None]
+        model.eval()
+        after = hidden_states(model, vocabulary(shared), positions)[0, 8:]
+        before = hidden_states(model, vocabulary(apart), None)[0, 4:]
+        model.train(training)
+        if not torch.allclose(before, after, rtol=0, atol=1e-3 * float(before.abs().max())):
+            raise ConfigError(
+                "picture_group: samples that share a beginning are not computed as they are apart with these versions"
+                " of transformers and PyTorch; set picture_group to 1"
+            )
 
 
 def speed_up(model: Any, *, liger: str | bool, compile_layers: bool) -> None:

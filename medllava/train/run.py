@@ -51,6 +51,7 @@ from medllava.train.dataset import (
     Pictures,
     Steps,
     check_images,
+    first_pictures,
     kind_weights,
     micro_batches,
     names_region,
@@ -377,6 +378,7 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         len(examples), recipe.optim.batch_size, recipe.seed,
         tuple(examples.lengths) if recipe.length_grouping and not recipe.packing else None,
         tuple(often.get(id(each), 1.0) for each in examples.samples) if often else None,
+        pictures=first_pictures(examples), together=recipe.picture_group if recipe.packing else 1,
     )
     steps = _steps(recipe.optim, order)
     evaluation = _held_out(recipe, paths, as_read, prompts)
@@ -407,7 +409,7 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
     wrapped, groups, _ = select(model, recipe, loaded.model if again else None)
     layout: dict[str, Any] = {
         "accumulate": recipe.optim.accumulate, "row_length": recipe.max_length if recipe.packing else None,
-        "processes": accelerator.num_processes,
+        "processes": accelerator.num_processes, "shared": recipe.packing and recipe.picture_group > 1,
     }
 
     # Stage 1's own format has no questions; its checkpoint is talked to in the format of its base.
@@ -434,7 +436,8 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
 
     module = VisionLanguageLoss(model)
     if recipe.packing:
-        attend_apart(model)
+        apart = attend_apart(model, instead_of_flash=layout["shared"])
+        layout["shared"] &= apart
         check_packing(model)
     speed_up(model, liger=recipe.liger, compile_layers=recipe.compile)
     saves = Saves(paths.out, keep=recipe.keep, write=write, main=accelerator.is_main_process)

@@ -139,7 +139,8 @@ main(sys.argv[1:])
 
 
 @pytest.mark.parametrize(("stage", "more"), [
-    ("projector", ()), ("lora", ("lora.r=4", "lora.dropout=0.1")), ("full", ("tower_layers=1",)),
+    ("projector", ("packing=true", "picture_group=3")), ("lora", ("lora.r=4", "lora.dropout=0.1")),
+    ("full", ("tower_layers=1",)),
 ])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     data: Any, stage1: Path, tmp_path: Path, stage: str, more: tuple[str, ...]

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from medllava.errors import CheckpointError, MissingExtraError, first_line
+from medllava.errors import CheckpointError, ConfigError, MissingExtraError, first_line
 from medllava.jsonl import read_json, write_json
 from medllava.model import card
 from medllava.model import manifest as manifests
@@ -162,10 +162,11 @@ def load(
     load_4bit, load_8bit: quantize the language model (only it) through bitsandbytes.
     merge: fold LoRA adapters into the weights, which makes the model a stock one; never done on quantized weights.
     base: folder or hub id of the full model under a projector or LoRA folder, if not the one that it names.
-    Raises CheckpointError (incomplete, damaged or misfitting folder) or MissingExtraError (bitsandbytes).
+    Raises CheckpointError (incomplete, damaged or misfitting folder), MissingExtraError (bitsandbytes) or ConfigError
+    (no such device here).
     """
     folder = local_folder(path)
-    place = device or best_device()
+    place = _there(device) if device else best_device()
     kind = _dtype(dtype, place)
     told = base is not None
     manifest, processor, base = verify(folder, base)
@@ -214,6 +215,16 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _there(device: str) -> str:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {device!r} cannot be used here ({first_line(error)}); leave it out to use {best_device()!r}"
+        ) from error
+    return device
 
 
 def save_full(path: Path, model: Any, processor: Any, *, chat_format: str, **facts: Any) -> None:

@@ -44,6 +44,7 @@ from medllava.serve.schema import (
     completion,
     logprobs_of,
     looked,
+    model_entry,
     model_list,
 )
 
@@ -58,6 +59,8 @@ POLL_S = 0.5
 """How often a request that waits looks whether its client is still there."""
 FIRST_PIECE_S = 3.0
 """How long a streamed answer may show its first piece or its fault before the response starts with status 200."""
+REQUEST_ID = "x-request-id"
+"""Header with the id that the log's line of this request has; the openai client shows it as ``_request_id``."""
 HEARTBEAT_S = 3.0
 """How often a silent stream sends a comment, so that nobody takes it for dead. Some clients wait no more than 5 s."""
 
@@ -170,7 +173,9 @@ def create_app(
 
     @app.exception_handler(Refused)
     async def say_why(_: Request, fault: Refused) -> JSONResponse:
-        headers = {"Retry-After": str(fault.retry_after_s)} if fault.retry_after_s else None
+        headers = {"Retry-After": str(fault.retry_after_s)} if fault.retry_after_s else {}
+        if fault.request_id:
+            headers[REQUEST_ID] = fault.request_id
         return JSONResponse(fault.body(), fault.status, headers)
 
     @app.exception_handler(HTTPException)
@@ -204,6 +209,11 @@ def create_app(
         known = {answerer.model_id: answerer.manifest for answerer in models.ready()}
         return model_list(known, int(models.started))
 
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str, request: Request) -> dict[str, Any]:
+        check_key(request.headers, api_keys)
+        return model_entry(name, models.find(name).manifest, int(models.started))
+
     @app.post("/v1/chat/completions", openapi_extra=request_body(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         return await watched(request, Call(f"chatcmpl-{uuid.uuid4().hex}"), answer)
@@ -226,7 +236,7 @@ def create_app(
         try:
             response = await answer(request, call, tickets)
         except Refused as fault:
-            call.status, call.code = fault.status, fault.code
+            call.status, call.code, fault.request_id = fault.status, fault.code, call.id
             over()
             raise
         except asyncio.CancelledError:
@@ -235,11 +245,12 @@ def create_app(
             raise
         except Exception as error:  # noqa: BLE001 - the server would log its text, which may quote the question
             defect = refusal(error)
-            call.status, call.code = defect.status, defect.code
+            call.status, call.code, defect.request_id = defect.status, defect.code, call.id
             over()
             where = "".join(traceback.format_tb(error.__traceback__))
             logger.error("a request failed with %s\n%s", type(error).__name__, where)
             raise defect from None
+        response.headers[REQUEST_ID] = call.id
         if isinstance(response, EventStream):
             response._at_end = over
         else:
@@ -379,7 +390,7 @@ def prepare(
         first = answerer.prepare(
             images, question.turns(), max_new_tokens=question.max_new_tokens(limits.max_new_tokens),
             temperature=question.temperature or 0.0,
-            top_p=question.top_p or 1.0, stop=question.stops(), seed=question.seed,
+            top_p=1.0 if question.top_p is None else question.top_p, stop=question.stops(), seed=question.seed,
             top_logprobs=question.alternatives(),
         )
     except MedllavaError as error:

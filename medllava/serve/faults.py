@@ -18,6 +18,7 @@ class Refused(Exception):
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
         self.retry_after_s, self.param = retry_after_s, param
+        self.request_id: str | None = None
 
     def body(self) -> dict[str, Any]:
         """The error as the OpenAI API writes it."""

@@ -131,7 +131,10 @@ def parse(body: bytes | bytearray, kind: type[Asked]) -> Asked:
         if unknown:
             names = ", ".join(repr(".".join(str(part) for part in fault["loc"])) for fault in unknown)
             raise Refused(400, "unknown_parameter", f"Unknown parameter: {names}", param=param) from None
-        raise Refused(400, "invalid_request", describe(error), param=param) from None
+        message = describe(error)
+        if param is None and message.partition(":")[0] in kind.model_fields:  # what a field may not be beside others
+            param = message.partition(":")[0]
+        raise Refused(400, "invalid_request", message, param=param) from None
 
 
 class Pictures(Sequence[Image.Image]):

@@ -34,7 +34,7 @@ class TextPart(_Strict):
 
 class ImageUrl(_Strict):
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto", "low", "high", "original"] = "auto"
 
 
 class ImagePart(_Strict):
@@ -136,7 +136,7 @@ class ChatRequest(Conversation):
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=0, le=1)
     stop: str | list[str] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -151,6 +151,7 @@ class ChatRequest(Conversation):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
     # Accepted only with the value that changes nothing; see _refuse_what_is_not_served.
@@ -160,6 +161,7 @@ class ChatRequest(Conversation):
     reasoning_effort: str | None = None
     verbosity: str | None = None
     web_search_options: None = None
+    moderation: None = None
     function_call: Any = None
     logit_bias: dict[str, float] | None = None
     frequency_penalty: float | None = None
@@ -180,7 +182,7 @@ class ChatRequest(Conversation):
         for name in (
             "logit_bias", "frequency_penalty", "presence_penalty", "tools", "functions", "reasoning_effort", "verbosity"
         ):
-            if getattr(self, name):
+            if getattr(self, name) and getattr(self, name) != "none":
                 raise ValueError(f"{name}: not served by this model; leave it out")
         for name in ("tool_choice", "function_call"):
             if getattr(self, name) not in (None, "none", "auto"):
@@ -274,13 +276,12 @@ def looked(model: str, looking: Looking) -> dict[str, Any]:
 def model_list(models: Mapping[str, Manifest], created: int) -> dict[str, Any]:
     """``GET /v1/models``: what this worker serves, by name. ``medllava`` is our own addition: what a client should know
     of a checkpoint to ask it well."""
-    return {
-        "object": "list",
-        "data": [
-            {"id": model, "object": "model", "created": created, "owned_by": "medllava", "medllava": facts(manifest)}
-            for model, manifest in models.items()
-        ],
-    }
+    return {"object": "list", "data": [model_entry(name, manifest, created) for name, manifest in models.items()]}
+
+
+def model_entry(name: str, manifest: Manifest, created: int) -> dict[str, Any]:
+    """``GET /v1/models/NAME``, and each entry of :func:`model_list`."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "medllava", "medllava": facts(manifest)}
 
 
 def facts(manifest: Manifest) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from medllava.errors import ConfigError
 from medllava.images import to_data_uri
 from medllava.model import checkpoint
 from medllava.serve.client import Worker
@@ -208,6 +209,12 @@ def test_the_best_device_there_is(monkeypatch: pytest.MonkeyPatch, cuda: bool, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert checkpoint.best_device() == best
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there(tiny: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device '{device}' cannot be used here .*; leave it out"):
+        checkpoint.load(tiny, device=device)
 
 
 @pytest.mark.parametrize("flag", ["--load-4bit", "--load-8bit"])

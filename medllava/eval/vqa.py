@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from medllava.errors import DataError
@@ -116,11 +116,12 @@ _BOTH = re.compile(r"\b(?:yes\s*(?:/|or|and)\s*no|no\s*(?:/|or|and)\s*yes)\b")
 # "No doubt it is there", "no way to tell": the word no does not answer the question.
 _IDIOM = re.compile(
     r"\bno (?:(?:definite|clear|certain|reliable|reasonable) )?"
-    r"(?:doubt|question|idea|way|answer|opinion|information|image|picture)\b"
+    r"(?:doubt|question|idea|way|answer|opinion|information|image|picture|problem|one)\b|\bno\.\d|\bnot yes\b"
 )
+_TAG = re.compile(r"</?\w+>")
 _LEADING = re.compile(rf"^{_WORD}\b")
-# Standing alone as a clause, or the last word: "The answer is no.", "Answer: yes, it is", "... so yes."
-_STANDALONE = re.compile(rf"(?:^|[.;:!?]\s+|\banswer is\s+){_WORD}(?=\s*(?:[,.;:!]|$))|\b{_WORD}\W*$")
+# Standing alone as a clause, or the last word: "The answer is no.", "I think, yes, it is", "... so yes."
+_STANDALONE = re.compile(rf"(?:^|[.,;:!?]\s+|\banswer is\s+){_WORD}(?=\s*(?:[,.;:!]|$))|\b{_WORD}\W*$")
 
 
 def read_yes_no(text: str) -> str | None:
@@ -129,7 +130,8 @@ def read_yes_no(text: str) -> str | None:
     Only the words yes and no decide, at the start of the answer, at its end or standing alone as a clause. A negation
     elsewhere ("not uncommon", "there is no doubt") is never taken for an answer.
     """
-    plain = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).lower()).strip(" \"'*_#(`“”‘’")
+    plain = _TAG.sub(" ", unicodedata.normalize("NFKC", text).lower())
+    plain = re.sub(r"\s+", " ", plain).strip(" \"'*_#(`“”‘’")
     if _BOTH.search(plain):
         return None
     plain = _IDIOM.sub("", plain)
@@ -166,13 +168,21 @@ def read_numbers(text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
+_DENIED = (
+    r"(?:not|no|without|neither|nor|rather than|instead of|unlike|excludes?|excluding|rules? out|absence of)"
+    r"(?: (?:an?|the|any|be|option|choice|[a-z]))*"
+)
+
+
 def read_choices(text: str, choices: Sequence[str]) -> list[str]:
     """The distinct choices named, in order of mention. Whole words only, case and punctuation aside; a plural s is
-    allowed, and where one choice is part of another the longer one is meant."""
+    allowed, and where one choice is part of another the longer one is meant. What is denied ("not a gland") is not
+    named."""
     by_name = {_plain(choice): choice for choice in choices}
-    names = sorted(by_name, key=len, reverse=True)
-    pattern = re.compile(r"\b(" + "|".join(re.escape(name) for name in names if name) + r")s?\b")
-    return list(dict.fromkeys(by_name[name] for name in pattern.findall(_plain(text))))
+    names = "|".join(re.escape(name) for name in sorted(by_name, key=len, reverse=True) if name)
+    # A choice that begins with a denial of its own ("no necrosis") is tried first.
+    pattern = re.compile(rf"\b(?:({names})|{_DENIED} (?:{names}))s?\b")
+    return list(dict.fromkeys(by_name[name] for name in pattern.findall(_plain(text)) if name))
 
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])\s*[:.)]\s*(.+)$", re.DOTALL)
@@ -184,19 +194,44 @@ def split_option(choice: str) -> tuple[str, str] | None:
     return (match.group(1), match.group(2)) if match else None
 
 
-# A capital letter standing alone; A and I only where they cannot be an article or a pronoun.
-_LETTER = re.compile(
-    r"(?<![A-Za-z.])(?:([B-HJ-Z])(?![A-Za-z])|([AI])(?=['’”\"*]*\s*(?:[:.,;)!?]|$|or\b|and\b|nor\b|rather\b)))"
+# A letter standing alone; A and I only where they cannot be an article or a pronoun.
+_MARKS = r"['’”\"*_)\]}>]*"
+_NO_ARTICLE = (
+    rf"(?={_MARKS}[^\S\n]*(?:[:.,;)!?/\]}}<|\n]|$|(?:or|and|nor|rather|because|since|but)\b|"
+    r"is (?:the|my|correct|right|wrong|incorrect)\b))"
 )
-_ANNOUNCED = re.compile(r"\b(?:answer is|answer:|option|choice)\s*['(\"]?([A-Z])\b", re.IGNORECASE)
+_LETTER = re.compile(rf"(?<![A-Za-z.])(?:([B-HJ-Z])(?![A-Za-z])|([AI]){_NO_ARTICLE})")
+_SMALL = rf"(?i:([B-HJ-Z])(?![A-Za-z])|([AI]){_NO_ARTICLE})"
+_OPENING = r"[('’‘\"“*_\[{]*"
+_ANNOUNCED = re.compile(rf"(?i:\b(?:option|choice|letter|choose|select|pick))(?i: is)?\s*:?\s*{_OPENING}{_SMALL}")
+# What a reply comes to in the end; what is discussed before it is no answer.
+_FINAL = re.compile(
+    r"(?i:(?:\banswer(?: choice| option| letter)?|\b(?:correct|right|best) (?:option|choice|letter|one))[*_]*\s*"
+    r"(?:is|would be|should be|must be|:|=|-)[*_:]*\s*(?:(?:option|choice|letter)\s*)?"
+    rf"|\\boxed(?:{{\\text)?|<answer>\s*){_OPENING}{_SMALL}"
+)
+# "The answer is B because A is wrong": a reason to the end of its sentence.
+_REASON = re.compile(r"(?i:\b(?:because|since|as|while|whereas|although))\b[^.;\n]*")
+_LIST = r"[A-Z](?![A-Za-z])[)'\"*]*(?:(?:,? (?:or|nor|and) |, )\(?[A-Z](?![A-Za-z])\)?)*"
+_NOT = re.compile(
+    r"(?i:\b(?:not|can ?not|nor|neither|rather than|instead of|unlike|rules? out|excludes?|excluding)|n['’]t) "
+    r"(?i:be )?(?i:(?:option|choice|answer|letter)s? )?"
+    r"[('\"*]*[A-Z](?![A-Za-z])[)'\"*]*(?:,? (?:or|nor) \(?[A-Z](?![A-Za-z])\)?)*"
+    rf"|(?<![A-Za-z.])(?i:(?:option|choice|answer|letter)s? )?[('\"*]*{_LIST} "
+    r"(?:is|are|seems?|can be|could be) (?:clearly |also |both )?"
+    r"(?:wrong|incorrect|not|false|unlikely|less likely|excluded|ruled out)\b"
+)
 
 
 def read_options(text: str, options: Sequence[str]) -> list[str]:
     """The distinct lettered options (``B: ghost cells``) named by letter or by text, in the order of ``options``.
 
     A letter counts where it stands alone as a capital (for A: not as an article), after "answer is" or "option", or
-    as the whole answer. Letters inside an option's text ("hepatitis B") do not count.
+    as the whole answer. Letters inside an option's text ("hepatitis B") and denied ones ("not B", "A is wrong") do not
+    count, nor does what is said before "the answer is", or after it as a reason. All that is said to be the answer
+    counts: "the answer is B, or the answer is C" names two.
     """
+    text = unicodedata.normalize("NFKC", text)
     letters: dict[str, str] = {}
     by_text: dict[str, list[str]] = {}
     for option in options:
@@ -204,18 +239,36 @@ def read_options(text: str, options: Sequence[str]) -> list[str]:
         if match:
             letters[match.group(1)] = option
             by_text.setdefault(_plain(match.group(2)), []).append(option)
-    rest = text
-    for name in sorted(filter(None, by_text), key=len, reverse=True):
-        # A word stays in its place, so that the A of "A gland" is still an article.
-        rest = re.sub(r"[^0-9a-z]+".join(map(re.escape, name.split())), "something", rest, flags=re.IGNORECASE)
-    named = {a or b for a, b in _LETTER.findall(rest)} | {letter.upper() for letter in _ANNOUNCED.findall(rest)}
-    named.add(text.strip(" ().:'*\"").upper())
+    final: set[str] = set()
+    if _FINAL.search(text):
+        final = {(a or b).upper() for a, b in _FINAL.findall(_without(text, by_text))} & letters.keys()
+    if final:
+        # The first time that an answer is announced counts, with all that follows it but reasons.
+        text = _REASON.sub("", text[_start_of_answer(text, letters) :])
+    rest = _NOT.sub("", _without(text, by_text))
+    named = {a or b for a, b in _LETTER.findall(rest)} | final
+    named |= {(a or b).upper() for a, b in _ANNOUNCED.findall(rest)}
+    named.add(text.strip(" \n().:'*\"[]{}").upper())
     found = {letters[letter] for letter in named if letter in letters}
     for name in read_choices(text, list(by_text)):
         # Two options of the same text: the letter, if there is one, says which is meant.
         if not found.intersection(by_text[name]):
             found.update(by_text[name])
     return [option for option in options if option in found]
+
+
+def _without(text: str, names: Iterable[str]) -> str:
+    """``text`` without the options' own words. A word stays in their place, so that the A of "A gland" is still an
+    article."""
+    for name in sorted(filter(None, names), key=len, reverse=True):
+        text = re.sub(r"\b" + r"[^0-9a-z]+".join(map(re.escape, name.split())), "something", text, flags=re.IGNORECASE)
+    return text
+
+
+def _start_of_answer(text: str, letters: Collection[str]) -> int:
+    """Where the first announcement of a legal letter begins."""
+    starts = [match.start() for match in _FINAL.finditer(text) if (match.group(1) or match.group(2)).upper() in letters]
+    return starts[0] if starts else 0
 
 
 def _plain(text: str) -> str:

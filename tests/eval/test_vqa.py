@@ -118,7 +118,7 @@ def test_the_longest_choice_is_meant() -> None:
     [
         ("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("**B**", "B"), ("The answer is B", "B"), ("option b", "B"),
         ("B: hepatitis B", "B"), ("ghost cells", "A"), ("A gland is seen", ""), ("A or C", "AC"), ("", ""),
-        ("not A, it is C.", "AC"), ("hepatitis B", "B"), ("Vitamin deficiency", ""), ("A: giant cells", "ACD"),
+        ("not A, it is C.", "C"), ("hepatitis B", "B"), ("Vitamin deficiency", ""), ("A: giant cells", "ACD"),
         ("C: giant cells", "C"), ("E", ""),
     ],
 )
@@ -185,3 +185,37 @@ def test_a_reference_that_cannot_be_read_is_told() -> None:
     ):
         with pytest.raises(DataError, match="question q"):
             grade(asked, "yes")
+
+
+@pytest.mark.parametrize(
+    ("text", "letters"),
+    [
+        ("Answer: b.", "B"), ("Answer:\nB", "B"), ("B) and C)", "BC"), ("A/B", "AB"), ("neither A nor B", ""),
+        ("The answer is B because A is wrong", "B"), ("The answer is B because C is wrong", "B"),
+        ("The answer is B because there is no gland", "B"), ("The answer is B. A is wrong.", "B"),
+        ("Option A is unlikely. The best answer would be D", "D"), ("A: gland\nB: vessel\nAnswer: B", "B"),
+        ("A is the answer", "A"), ("A\nIt is dark.", "A"), ("[A]", "A"), ("<answer>a</answer>", "A"),
+        ("\\boxed{\\text{A}}", "A"), ("\N{FULLWIDTH LATIN CAPITAL LETTER B}", "B"), ("the letter b", "B"),
+        ("The correct option is: c", "C"), ("It cannot be B, so C", "C"), ("no necrosis", "C"), ("necrosis", "D"),
+        ("The answer is a vessel", "B"), ("Answer: A vessel", "B"), ("It is not a vessel", ""), ("not B: vessel", ""),
+        ("The answer is B. Actually C.", "BC"), ("The answer is B, or the answer is C", "BC"),
+        ("Answer: B: gland", "AB"),
+        ("The answer is not B", ""), ("The answer is E", ""), ("I cannot answer a question like this", ""),
+    ],
+)
+def test_lettered_options_in_many_words(text: str, letters: str) -> None:
+    """What is announced as the answer counts with what follows it; what is denied or given as a reason does not."""
+    options = ("A: gland", "B: vessel", "C: no necrosis", "D: necrosis")
+    assert "".join(option[0] for option in read_options(text, options)) == letters
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("In my opinion, yes, this is cancer", "yes"), ("<answer>no</answer>", "no"), ("Not yes", None),
+        ("No problem", None), ("No one can tell", None), ("No.1 finding", None), ("It is present.", None),
+        ("\\boxed{yes}", "yes"), ("- No", "no"), ("Yes? No.", None), ("Yes, no mitoses", "yes"),
+    ],
+)
+def test_yes_and_no_in_more_words(text: str, expected: str | None) -> None:
+    assert read_yes_no(text) == expected

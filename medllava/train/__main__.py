@@ -43,6 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--captions", type=Path, help="captions.jsonl with boxed phrases, for the foundation stage")
     parser.add_argument("--feature-cache", type=Path, help="folder of cache_features=disk (default: OUT/features)")
     parser.add_argument("--deepspeed", type=Path, help="DeepSpeed configuration, e.g. train/deepspeed/zero2.json")
+    parser.add_argument(
+        "--timeout", type=float, default=30, metavar="MINUTES",
+        help="several processes: how long one waits for the others in a step before all are ended (default: 30)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
     parser.add_argument("--plan", action="store_true", help="say what trains, tokens, steps and memory, and stop")
     parser.add_argument("--gpu", help="with --plan: name of the GPU to plan for, e.g. H200 (default: this machine's)")
@@ -75,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = Paths(given.data, images, given.out, start, given.eval_data, given.captions)
     paths = replace(
         paths, mix=tuple(_mix(text) for text in given.mix), feature_cache=given.feature_cache,
-        deepspeed=given.deepspeed, gpu=given.gpu, wandb=given.wandb,
+        deepspeed=given.deepspeed, gpu=given.gpu, wandb=given.wandb, timeout=given.timeout,
         devices=given.devices or int(os.environ.get("WORLD_SIZE", "1")),
     )
     try:

@@ -30,6 +30,7 @@ from medllava.train.config import Optim
 from medllava.train.cost import Work
 from medllava.train.plots import LOG_FILE, Journal, plot_loss
 from medllava.train.saves import ZERO_FOLDER, Saves
+from medllava.train.waiting import Watch
 from medllava.train.zero import Zero
 
 log = logging.getLogger(__name__)
@@ -123,10 +124,12 @@ def fit(
     since = time.perf_counter()
     loader = _load(batches, start, steps, workers)
     with (
-        _told_to_stop() as told, Journal(out, start, enabled=main, wandb=wandb) as journal,
+        _told_to_stop() as told, Journal(out, start, enabled=main, wandb=wandb) as journal, Watch(accelerator) as watch,
         tqdm(total=steps, initial=start, desc=name, unit="step", mininterval=0.5, disable=not main) as bar,
     ):
+        watch.at(f"the samples of step {start + 1}")
         for step, micro in enumerate(loader, start=start):
+            watch.at(f"step {step + 1}")
             factor = schedule(optim, step, steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
@@ -173,6 +176,7 @@ def fit(
                     row["mfu"] = round(operations / seconds / work.peak, 4) if work.peak else None
                 figures["loss"] = row["loss"]
                 if validate and judge:
+                    watch.at(f"the validation after step {done}", limited=False)
                     judged = validate()
                     wrapped.train()
                     row |= judged
@@ -186,6 +190,7 @@ def fit(
             figures["step"] = done
             if done < steps and (told.stop or best or done % pace.save_every == 0):
                 before = time.perf_counter()
+                watch.at(f"the save after step {done}", limited=False)
                 write_state = partial(_save_zero, done, zero.save(out)) if zero else partial(
                     _save, done, parameters, optimizer
                 )
@@ -198,6 +203,7 @@ def fit(
                 best = False
             if told.stop and done < steps:
                 raise Stopped(f"{name}: told to stop; saved at step {done}; run again with --resume to go on")
+            watch.at(f"the samples of step {done + 1}")
     if main:
         plot_loss(out / LOG_FILE, out / "loss.png", name)
     return figures

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -67,6 +68,7 @@ from medllava.train.plots import LOG_FILE, check_wandb
 from medllava.train.saves import Figures, Saves
 from medllava.train.stages import Part, check_adapters, format_table, select
 from medllava.train.validation import answerable, check_held_out, exact_match, validation
+from medllava.train.waiting import limit_told, process_group
 from medllava.train.zero import Zero
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ class Paths:
     """What differs on each machine: data file (LLaVA JSON), image folder, output, checkpoint to start from.
 
     mix: files of other samples (their images in the same folder), and how many of them come for each of ``data``.
+    timeout: how long a process waits for the others in a step, in minutes.
     devices, gpu: how many, and of which name, a plan is for. wandb: project of Weights & Biases to log to.
     """
 
@@ -97,6 +100,7 @@ class Paths:
     gpu: str | None = None
     wandb: str | None = None
     deepspeed: Path | None = None
+    timeout: float = 30
 
 
 def run(recipe: AnyRecipe, paths: Paths, *, resume: bool = False, plan: bool = False) -> None:
@@ -116,7 +120,7 @@ def run(recipe: AnyRecipe, paths: Paths, *, resume: bool = False, plan: bool = F
     if not plan and _already_finished(recipe, paths, resume=resume):
         log.info("%s: this run is finished; nothing to do", paths.out)
         return
-    with _threads(recipe):
+    with _threads(recipe), limit_told():
         if isinstance(recipe, FoundationRecipe):
             _foundation(recipe, paths, samples, plan=plan)
         elif isinstance(recipe, ContrastiveRecipe):
@@ -130,7 +134,7 @@ def _foundation(recipe: FoundationRecipe, paths: Paths, samples: Sequence[Instru
     from transformers import CLIPVisionModel, LlamaForCausalLM
 
     started = time.monotonic()
-    accelerator = _accelerator("no")
+    accelerator = _accelerator("no", paths)
     torch.manual_seed(recipe.seed)
     tokenizer = tiny.build_tokenizer(_all_texts(samples), recipe.tokenizer)
     processor = tiny.build_processor(tokenizer, recipe.vision)
@@ -250,7 +254,7 @@ def _contrastive(recipe: ContrastiveRecipe, paths: Paths, *, plan: bool) -> None
     if paths.init_from is None:
         raise ConfigError(f"stage {recipe.stage} starts from an image-text encoder: add --init-from FOLDER")
     half = _in_half(recipe.precision)
-    accelerator = _accelerator("bf16" if half else "no")
+    accelerator = _accelerator("bf16" if half else "no", paths)
     pairs = read_image_texts(paths.data, paths.images, recipe.kinds)
     optim, processes = recipe.optim, accelerator.num_processes
     check_batch(optim.batch_size, optim.accumulate, processes, len(pairs))
@@ -394,7 +398,7 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
     if plan:
         return
 
-    accelerator = _accelerator("bf16" if half else "no")
+    accelerator = _accelerator("bf16" if half else "no", paths)
     zero = None
     if paths.deepspeed is not None:
         zero = Zero(paths.deepspeed, half=half, grad_clip=recipe.optim.grad_clip, whole=recipe.stage == "full")
@@ -499,14 +503,15 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
         accelerator.wait_for_everyone()
 
 
-def _accelerator(mixed_precision: str) -> Any:
+def _accelerator(mixed_precision: str, paths: Paths) -> Any:
     from accelerate import Accelerator
 
     on_cpu = checkpoint.best_device() == "cpu"
     if on_cpu:  # DeepSpeed, which accelerate imports where it is installed, would say that it finds no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Unless told that it is on the CPU, accelerate lets torchrun's processes run side by side without joining them.
-    return Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
+    waits = process_group(timedelta(minutes=paths.timeout))
+    return Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[waits])
 
 
 def _steps(optim: Optim, order: Order) -> int:

@@ -17,7 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medllava.errors import DataError
-from medllava.eval.records import Answer, Bin, Calibration, Condition, Failure, Metric, Question, Report, Verdict
+from medllava.eval.degenerate import is_empty, loops
+from medllava.eval.records import (
+    Answer,
+    Bin,
+    Calibration,
+    Condition,
+    Failure,
+    Metric,
+    Question,
+    Replies,
+    Report,
+    Verdict,
+)
 from medllava.eval.rotation import MOST_ORDERS, applies, as_asked, steps
 from medllava.eval.vqa import METRICS, abstains, grade, metrics_of, reference, split_option
 from medllava.geometry import QUADRANTS, Box
@@ -110,6 +122,8 @@ class Row:
     cut_off: bool = False
     abstained: bool = False
     answered: bool = False
+    empty: bool = False
+    looping: bool = False
     confidence: float | None = None
 
 
@@ -152,7 +166,8 @@ def _row(question: Question, condition: Condition, answer: Answer | None, failur
     return Row(
         question, condition, graded.scores, graded.read, graded.reason,
         words=len(answer.text.split()), cut_off=answer.finish_reason == "length", abstained=abstains(answer.text),
-        answered=True, confidence=confidence(question, answer, graded.read),
+        answered=True, empty=is_empty(answer.text), looping=loops(answer.text),
+        confidence=confidence(question, answer, graded.read),
     )
 
 
@@ -261,6 +276,7 @@ def summarise(rows: Sequence[Row], provenance: dict[str, object], *, seed: int =
             name: calibrated for name in METRICS if name in real and name in firsts
             if (calibrated := calibrate(name, real[name], seed=seed))
         },
+        replies={str(condition): _replies([row for row in rows if row.condition == condition]) for condition in table},
         notes=tuple(_notes(rows, gains, rotation, letters)),
         provenance=dict(provenance),
     )
@@ -341,6 +357,14 @@ def _by_category(rows: Sequence[Row], seed: int) -> dict[str, dict[str, dict[str
         for category, values in sorted(table.items())
         if len(values) <= MOST_VALUES
     }
+
+
+def _replies(rows: Sequence[Row]) -> Replies:
+    asked = [row for row in rows if row.answered]
+    return Replies(
+        answered=len(asked), empty=sum(row.empty for row in asked), looping=sum(row.looping for row in asked),
+        cut_off=sum(row.cut_off for row in asked),
+    )
 
 
 def _answer_words(rows: Sequence[Row]) -> dict[str, float]:
@@ -434,9 +458,13 @@ def _notes(
     missing = sum(row.scores is None for row in rows if row.condition == "real")
     if missing:
         notes.append(f"{missing} questions on real pictures are unscored, left out of the means; see verdicts.jsonl.")
-    cut_off = sum(row.cut_off for row in rows if row.condition == "real")
-    if cut_off:
-        notes.append(f"{cut_off} answers on real pictures were cut off at the token limit.")
+    replies = _replies([row for row in rows if row.condition == "real"])
+    if replies.empty:
+        notes.append(f"{replies.empty} of {replies.answered} replies on real pictures are empty.")
+    if replies.looping:
+        notes.append(f"{replies.looping} of {replies.answered} replies on real pictures go round in a loop.")
+    if replies.cut_off:
+        notes.append(f"{replies.cut_off} answers on real pictures were cut off at the token limit.")
     return notes
 
 

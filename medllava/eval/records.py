@@ -125,6 +125,17 @@ class Calibration(_Record):
     bins: tuple[Bin, ...]
 
 
+class Replies(_Record):
+    """How the ``answered`` replies under one condition look, whatever they score: ``empty`` ones
+    (:func:`~medllava.eval.degenerate.is_empty`), ``looping`` ones (:func:`~medllava.eval.degenerate.loops`), and those
+    ``cut_off`` at the token limit. One reply may be counted in several."""
+
+    answered: int
+    empty: int
+    looping: int
+    cut_off: int
+
+
 class Report(_Record):
     """``report.json``: metrics on real images, the same under each ablation, and what produced them.
 
@@ -136,8 +147,8 @@ class Report(_Record):
     rotated: ``mean`` accuracy over all orders, ``same_answer`` (the same option named in every order), ``all_right``;
     ``difference`` is the accuracy in the order as published minus that in the others; ``letters``, the share of each
     letter among the answers to all orders. ``by_category``: category -> value -> metric, on real pictures.
-    ``calibration``: on real pictures, where the model tells probabilities. ``notes`` says in words what the numbers
-    mean.
+    ``calibration``: on real pictures, where the model tells probabilities. ``replies``: condition -> how many are
+    empty, looping and cut off. ``notes`` says in words what the numbers mean.
     """
 
     metrics: dict[str, Metric]
@@ -152,5 +163,6 @@ class Report(_Record):
     letters: dict[str, float] = {}
     by_category: dict[str, dict[str, dict[str, Metric]]] = {}
     calibration: dict[str, Calibration] = {}
+    replies: dict[str, Replies] = {}
     notes: tuple[str, ...] = ()
     provenance: dict[str, Any] = {}

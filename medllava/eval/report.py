@@ -33,6 +33,12 @@ ROTATION = {
 }
 
 
+REPLIES = (
+    "Empty: no letter and no digit. Looping: the same 1 to 40 words at least 4 times in a row, at least 8 words in all,"
+    " as half of the reply or its end. Cut off: at the token limit. All of them are scored as they are."
+)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=Path, help="answers.jsonl (default: the one in --out)")
     parser.add_argument("--benchmark", help="definition that names the question file and its pictures")
@@ -157,6 +163,11 @@ def as_markdown(report: Report, title: str) -> str:
         lines += ["", "## Does it know what it knows?", "", "| metric | expected calibration error | answers |"]
         lines += ["| --- | ---: | ---: |"]
         lines += [f"| {name} | {found.error:.3f} | {found.n} |" for name, found in report.calibration.items()]
+    if report.replies:
+        lines += ["", "## Replies that say nothing, or go round", "", REPLIES, ""]
+        lines += ["| condition | replies | empty | looping | cut off |", "| --- | ---: | ---: | ---: | ---: |"]
+        for name, told in report.replies.items():
+            lines.append(f"| {name} | {told.answered} | {told.empty} | {told.looping} | {told.cut_off} |")
     if report.abstention:
         shares = ", ".join(f"{name} {number(found.value)}" for name, found in report.abstention.items())
         lines += ["", f"Share of answers that say they cannot tell: {shares}."]
@@ -243,7 +254,7 @@ def _as_html(
     pictures = small_pictures(names, images, int(gallery_mb * 1e6))
     return str(environment().get_template("report.html").render(
         title=title, report=report, definitions={**METRICS, **PAIRS, "judge": JUDGE}, labels=LABELS,
-        rotation=ROTATION, chart=chart.replace("<svg ", '<svg class="chart" ', 1),
+        rotation=ROTATION, replies=REPLIES, chart=chart.replace("<svg ", '<svg class="chart" ', 1),
         categories={name: category_chart(values) for name, values in report.by_category.items()},
         calibration={name: calibration_chart(found) for name, found in report.calibration.items()},
         model=report.provenance.get("model", "unknown model"), date=date, words=words_told(report),

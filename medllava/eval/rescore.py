@@ -18,7 +18,7 @@ HELP = "compute the scores again from saved answers; no model needed"
 
 COMPARED = (
     "metrics", "ablations", "visual_gain", "baselines", "unclear", "answer_words", "abstention", "rotation", "letters",
-    "by_category", "calibration",
+    "by_category", "calibration", "replies",
 )
 """Parts of a report that are compared, as far as it has them: an older one may lack some."""
 

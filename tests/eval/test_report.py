@@ -75,7 +75,8 @@ def test_markdown_and_chart(report: Path) -> None:
     text = (report / "report.md").read_text()
     assert "| where |" in text and "visual gain" in text and "chart.svg" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| ")}
-    assert len(widths) == 2
+    assert len(widths) == 3
+    assert "| real | 120 | 0 | 0 | 0 |" in text
     chart = ElementTree.fromstring((report / "chart.svg").read_text())
     assert chart.tag.endswith("svg")
     assert any("mismatch" in (node.text or "") or "another picture" in (node.text or "") for node in chart.iter())

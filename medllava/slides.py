@@ -38,6 +38,8 @@ MAX_SMALLEST = 100_000_000
 """Most pixels of the smallest level: a slide without a pyramid cannot be looked at as a whole."""
 BAND_PIXELS = 4_000_000
 """A field is read and shrunk in bands of about this many pixels, so that it takes little memory at any zoom."""
+AROUND = 1.5
+"""A region that is not wholly in view is shown with this much around it, as a multiple of its sides."""
 MPP_RANGE = (0.02, 50.0)
 """Micrometres per pixel that can be true. Pictures often carry a made-up resolution of 72 per inch, 353 µm a pixel."""
 
@@ -214,6 +216,19 @@ class Slide:
         plain = Image.new("RGB", region.size, f"#{colour}")
         plain.paste(region, mask=region.getchannel("A"))
         return plain
+
+
+def frame_of(marked: Box | None, view: Box) -> Box:
+    """The part of a slide that a question shows: the view, or where the region is not within it, the region and what is
+    around. All in 0..1 of the slide."""
+    if marked is None or (
+        view.x1 <= marked.x1 and view.y1 <= marked.y1 and marked.x2 <= view.x2 and marked.y2 <= view.y2
+    ):
+        return view
+    dx, dy = (marked.x2 - marked.x1) * (AROUND - 1) / 2, (marked.y2 - marked.y1) * (AROUND - 1) / 2
+    return Box(
+        x1=max(marked.x1 - dx, 0), y1=max(marked.y1 - dy, 0), x2=min(marked.x2 + dx, 1), y2=min(marked.y2 + dy, 1)
+    )
 
 
 def find_slides(path: Path) -> list[Path]:

@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +26,12 @@ from pydantic import ValidationError
 from medllava.conversation import IMAGE_TAG, Turn, as_text
 from medllava.errors import ConfigError, MedllavaError, run_cli
 from medllava.geometry import Box, Point, parse_boxes
-from medllava.images import draw_boxes, draw_heat, load_image
+from medllava.images import draw_boxes, draw_heat
 from medllava.jsonl import atomic_write, describe, write_json
 from medllava.regions import Region, asked, bounds, parse_ways
 from medllava.serve.faults import refusal
+from medllava.serve.opened import Opened, SlideView, as_marked, boxes_on, open_file
+from medllava.serve.session import WHOLE
 
 if TYPE_CHECKING:
     from medllava.model.answerer import Answerer
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
     from medllava.model.looking import Looking
 
 HELP = """\
-/image PATH            look at a further image; the next questions are about it
+/image PATH            look at a further image or whole slide; the next questions are about it
+/view x1 y1 x2 y2      of a slide: the field to look at (0..1 of the slide); /view alone is the whole
 /box x1 y1 x2 y2       ask the next questions about this box (0..1 of the image, origin top left); /box alone forgets it
 /point x y             the same with a point
 /look [FILE.png]       what the last answer depends on: covers the image part by part; FILE.png gets the heat map
@@ -52,14 +55,21 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"}
 @dataclass(frozen=True)
 class Exchange:
     """One question and its answer. ``pictures``: those that came with it, as the model was shown them. ``about``: which
-    of the chat's images it is about, None for none."""
+    of the chat's images it is about, None for none; ``image`` is what it showed, without a mark, and ``frame`` which
+    part of a slide that was. ``region`` is in 0..1 of the whole, boxes in ``turn`` and ``answer`` of ``frame``."""
 
     typed: str
     region: Region | None
     about: int | None
+    image: Image.Image | None
+    frame: Box
     pictures: list[Image.Image]
     turn: Turn
-    answer: str
+    answer: str = ""
+
+    def boxes(self) -> list[list[float]]:
+        """The boxes of the answer, in 0..1 of the whole."""
+        return boxes_on(self.answer, self.frame)
 
 
 @dataclass
@@ -71,7 +81,7 @@ class Chat:
 
     answerer: Answerer
     options: dict[str, Any]
-    images: list[Image.Image] = field(default_factory=list)
+    images: list[Opened] = field(default_factory=list)
     region: Region | None = None
     ways: Sequence[str] = ("text",)
     exchanges: list[Exchange] = field(default_factory=list)
@@ -79,15 +89,31 @@ class Chat:
     """So many of the images are in the conversation."""
 
     @property
-    def image(self) -> Image.Image | None:
+    def image(self) -> Opened | None:
         return self.images[-1] if self.images else None
 
-    def look_at(self, path: str | Path) -> Image.Image:
+    @property
+    def shown(self) -> Image.Image | None:
+        """What the last question showed; before one, what the next will."""
+        if self.exchanges and self.exchanges[-1].image:
+            return self.exchanges[-1].image
+        return self.image.image if self.image else None
+
+    def open(self, path: str) -> Opened:
         """Raises DataError if the file is no picture; the chat then stays as it is."""
-        image = load_image(Path(path))
+        image = open_file(path)
+        image.for_model(self.answerer.manifest.training_mpp)
         self.images.append(image)
         self.region = None
         return image
+
+    def view(self, box: Box) -> Opened:
+        """Look at a part of the slide. Raises ConfigError if it is none."""
+        if self.image is None:
+            raise ConfigError("no slide to look at a part of; open one with /image")
+        self.image.look_at(box)
+        self.region = None
+        return self.image
 
     def ask(self, text: str, *, show: bool) -> Completion:
         """Answer ``text``, printing the pieces as they come if ``show``. A question that fails leaves no trace.
@@ -111,23 +137,25 @@ class Chat:
             stream.close()
             if show:
                 print(flush=True)
-        self.exchanges.append(
-            Exchange(text, exchange.region, exchange.about, exchange.pictures, exchange.turn, answer.text)
-        )
+        self.exchanges.append(replace(exchange, answer=answer.text))
         self.sent = len(self.images)
         return answer
 
     def _question(self, text: str) -> Exchange:
         """The question with the pictures that it brings along: new ones, and the last one again where it now has a
         mark, or no mark any more."""
-        shown, words = asked(self.image, text, self.region, self.ways)
-        pictures = self.images[self.sent : -1]
+        opened, region = self.image, self.region
+        aimed = opened.aim(region) if opened else region
+        image = opened.image if opened else None
+        shown, words = asked(image, text, aimed, self.ways)
+        pictures = [one.image for one in self.images[self.sent : -1]]
         before = pictures_of(self.exchanges)
         if shown is not None and not (before and before[-1] is shown and self.sent == len(self.images)):
             pictures = [*pictures, shown]
         turn = Turn(role="user", text=f"{IMAGE_TAG}\n" * len(pictures) + as_text(words))
-        region = self.region if self.image else None
-        return Exchange(text, region, len(self.images) - 1 if self.images else None, pictures, turn, "")
+        if opened is None:
+            return Exchange(text, None, None, None, WHOLE, pictures, turn)
+        return Exchange(text, region, len(self.images) - 1, image, opened.frame, pictures, turn)
 
     def where(self) -> Looking:
         """What the last answer depends on. Raises ConfigError if there is none, or no image."""
@@ -146,7 +174,7 @@ class Chat:
     def save(self, path: Path) -> None:
         """Write the conversation as JSON or Markdown, or the last answer's boxes on the image. Raises ConfigError."""
         if path.suffix.lower() in PICTURES:
-            save_boxes(self.image, self.exchanges[-1].answer if self.exchanges else "", path)
+            save_boxes(self.shown, self.exchanges[-1].answer if self.exchanges else "", path)
         elif path.suffix.lower() in {".md", ".markdown"}:
             with atomic_write(path) as file:
                 file.write(self._markdown())
@@ -157,10 +185,10 @@ class Chat:
         turns: list[dict[str, Any]] = []
         for one in self.exchanges:
             turns.append(one.turn.model_dump() | {
-                "boxes": boxes_of(one.turn.text), "typed": one.typed, "image": one.about,
+                "boxes": boxes_on(one.turn.text, one.frame), "typed": one.typed, "image": one.about,
                 "region": region_json(one.region),
-            })
-            turns.append({"role": "assistant", "text": one.answer, "boxes": boxes_of(one.answer)})
+            } | ({} if one.frame == WHOLE else {"field": one.frame.model_dump()}))
+            turns.append({"role": "assistant", "text": one.answer, "boxes": one.boxes()})
         return {
             "model": self.answerer.model_id, "image_size": list(self.image.size) if self.image else None,
             "image_sizes": [list(image.size) for image in self.images], "turns": turns,
@@ -169,14 +197,12 @@ class Chat:
     def _markdown(self) -> str:
         from medllava.serve import export, session
 
-        whole = session.Session(pictures=[session.Picture(image, "") for image in self.images])
+        pictures: Any = self.images  # of which only the size is read
+        whole = session.Session(pictures=pictures)
         for one in self.exchanges:
-            region = None
-            if one.region is not None:
-                point = one.region if isinstance(one.region, Point) else None
-                region = session.Region(bounds(one.region), point)
+            region = None if one.region is None else as_marked(one.region)
             whole.exchanges.append(session.Exchange(
-                one.about, one.typed, region, session.Sight("") if one.about is not None else None,
+                one.about, one.typed, region, session.Sight("", one.frame) if one.about is not None else None,
                 asked=one.turn.text.replace(IMAGE_TAG, "").strip(), answer=one.answer, state="done",
                 model=self.answerer.model_id,
             ))
@@ -225,10 +251,6 @@ def save_heat(image: Image.Image | None, looked: Looking, title: str, path: Path
     save_picture(draw_heat(image, looked.drops, title=f"{title} {looked.answer}"[:120]), path)
 
 
-def boxes_of(text: str) -> list[list[float]]:
-    return [list(box.as_tuple()) for box in parse_boxes(text)]
-
-
 def save_boxes(image: Image.Image | None, text: str, path: Path) -> None:
     """Draw the boxes written in ``text`` on the image and save it. Raises ConfigError if there is no image or the file
     name is of no picture format."""
@@ -272,13 +294,15 @@ def parse_point(text: str) -> Point:
         raise ConfigError(f"point {text!r}: expected two numbers x,y in 0..1") from error
 
 
-def obey(chat: Chat, line: str) -> str:
+def obey(chat: Chat, line: str, *, as_json: bool) -> str:
     """Carry out a command line; returns what to tell the user. Raises MedllavaError."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     if command == "/image" and rest:
-        image = chat.look_at(rest)
-        return f"looking at {rest}, {image.width} x {image.height} pixels"
+        path = rest.strip("'\"")  # as terminals write a dropped file
+        return f"looking at {path}, {chat.open(path).told()}"
+    if command == "/view":
+        return chat.view(parse_box(rest) if rest else WHOLE).told()
     if command in {"/box", "/point"}:
         chat.region = None if not rest else parse_box(rest) if command == "/box" else parse_point(rest)
         return f"asking about {chat.region.model_dump()}" if chat.region else "asking about the whole image"
@@ -287,7 +311,9 @@ def obey(chat: Chat, line: str) -> str:
             picture_format(Path(rest))
         looked = chat.where()
         if rest:
-            save_heat(chat.image, looked, chat.exchanges[-1].typed, Path(rest))
+            save_heat(chat.shown, looked, chat.exchanges[-1].typed, Path(rest))
+        if as_json:
+            return json.dumps({"looking": looking_json(looked)})
         return looking_told(looked) + (f"; saved {rest}" if rest else "")
     if command == "/reset":
         chat.reset()
@@ -311,13 +337,12 @@ def converse(chat: Chat, *, as_json: bool, interactive: bool) -> None:
             return
         try:
             if line.startswith("/"):
-                reply = obey(chat, line)
-                if interactive or (line.split()[0] == "/look" and not as_json):
-                    print(reply)
+                reply = obey(chat, line, as_json=as_json)
+                if interactive or line.split()[0] == "/look":
+                    print(reply, flush=True)
             elif line:
                 answer = chat.ask(line, show=not as_json)
-                if as_json:
-                    print_json(chat.answerer, answer)
+                tell(chat, answer, as_json=as_json)
         except MedllavaError as error:
             if not interactive:
                 raise
@@ -328,18 +353,30 @@ def converse(chat: Chat, *, as_json: bool, interactive: bool) -> None:
             print("(stopped)")
 
 
-def print_json(answerer: Answerer, answer: Completion, looked: Looking | None = None) -> None:
+def tell(chat: Chat, answer: Completion, looked: Looking | None = None, *, as_json: bool) -> None:
+    """What was not streamed: the answer as JSON, or where its boxes are on the slide."""
+    last = chat.exchanges[-1]
+    if not as_json:
+        if last.frame != WHOLE and last.boxes():
+            print(f"on the slide: {[[round(side, 4) for side in box] for box in last.boxes()]}", file=sys.stderr)
+        return
     usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
     result = {
-        "text": answer.text, "boxes": boxes_of(answer.text), "finish_reason": answer.finish_reason, "usage": usage,
-        "model": answerer.model_id,
+        "text": answer.text, "boxes": last.boxes(), "finish_reason": answer.finish_reason, "usage": usage,
+        "model": chat.answerer.model_id,
     }
+    if isinstance(chat.image, SlideView):
+        result["field"] = {"box": list(last.frame.as_tuple()), "mpp": chat.image.mpp}
     if looked:
-        result["looking"] = {
-            "drops": looked.drops, "peak": list(looked.peak().as_tuple()), "log_likelihood": looked.log_likelihood,
-            "blank": looked.blank, "attention": looked.attention,
-        }
+        result["looking"] = looking_json(looked)
     print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def looking_json(looked: Looking) -> dict[str, Any]:
+    return {
+        "drops": looked.drops, "peak": list(looked.peak().as_tuple()), "log_likelihood": looked.log_likelihood,
+        "blank": looked.blank, "attention": looked.attention,
+    }
 
 
 def parser() -> argparse.ArgumentParser:
@@ -350,8 +387,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--model-base", help="full model under a LoRA or projector folder, if not the one it names")
     options.add_argument("--conv-mode", help="chat format, which the checkpoint knows: checked only")
     options.add_argument(
-        "--image-file", type=Path, action="append", help="picture of any size; repeat for several; none: text only"
+        "--image-file", action="append", help="picture or whole slide; repeat for several; none: text only"
     )
+    options.add_argument("--view", help="of a slide: x1,y1,x2,y2 in 0..1 of it: the field to look at (default: all)")
     options.add_argument("--prompt", help="ask this and end")
     options.add_argument("--box", help="x1,y1,x2,y2 in 0..1: the region the question is about")
     options.add_argument("--point", help="x,y in 0..1: the place the question is about")
@@ -389,14 +427,19 @@ def check_original_flags(answerer: Answerer, path: str, base: str | None, conv_m
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
-    files: list[Path] = options.image_file or []
+    files: list[str] = options.image_file or []
     for flag, given in (("--save-boxes", options.save_boxes), ("--look", options.look)):
         if given and (options.prompt is None or not files):
             raise ConfigError(f"{flag} needs --prompt and --image-file")
     if options.box and options.point:
         raise ConfigError("choose one of --box and --point")
+    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise ConfigError("--max-new-tokens is 1 or more, --temperature 0 or more, --top-p more than 0 and at most 1")
     # Everything that can be wrong is looked at before the model is loaded.
-    images = [load_image(file) for file in files]
+    images = [open_file(file) for file in files]
+    view = parse_box(options.view) if options.view else None
+    if view and not any(isinstance(image, SlideView) for image in images[-1:]):
+        raise ConfigError("--view needs a whole slide as the last --image-file")
     for path in (options.save_boxes, options.look):
         if path:
             picture_format(path)
@@ -418,7 +461,14 @@ def main(argv: list[str] | None = None) -> int:
         "seed": options.seed,
     }
     ways = parse_ways(options.regions) if options.regions else answerer.manifest.regions
-    chat = Chat(answerer, sampling, images, region, ways)
+    for image in images:
+        image.for_model(answerer.manifest.training_mpp)
+    chat = Chat(answerer, sampling, images, ways=ways)
+    if view:
+        chat.view(view)
+    chat.region = region
+    if isinstance(chat.image, SlideView):
+        print(f"{files[-1]}: {chat.image.told()}", file=sys.stderr)
     if options.prompt is None:
         interactive = sys.stdin.isatty() and not options.json
         if interactive:
@@ -429,14 +479,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     answer = chat.ask(options.prompt, show=not options.json)
     looked = chat.where() if options.look else None
-    if options.json:
-        print_json(answerer, answer, looked)
-    elif looked:
+    tell(chat, answer, looked, as_json=options.json)
+    if looked and not options.json:
         print(looking_told(looked), file=sys.stderr)
     if looked:
-        save_heat(chat.image, looked, options.prompt, options.look)
+        save_heat(chat.shown, looked, options.prompt, options.look)
     if options.save_boxes:
-        save_boxes(chat.image, answer.text, options.save_boxes)
+        save_boxes(chat.shown, answer.text, options.save_boxes)
     return 0
 
 

@@ -21,14 +21,10 @@ from medllava.errors import DataError
 from medllava.geometry import Box
 from medllava.images import to_data_uri
 from medllava.serve.session import SENT_SIDE, THUMBNAIL_SIDE, WHOLE, Sight
-from medllava.slides import TILE_OVERLAP, TILE_SIDE, Slide
+from medllava.slides import TILE_OVERLAP, TILE_SIDE, Slide, frame_of
 
 LIBRARY = Path(__file__).parent / "vendor" / "openseadragon.min.js"
 PREFIX = "/medllava"
-AROUND = 1.5
-"""A region that is not wholly in view is sent with this much around it, as a multiple of its sides."""
-
-
 FIELD_QUALITY = 95
 """JPEG quality of the field that is sent. As PNG, each question would keep some 10 MB, for no more than the scanner's
 own JPEG holds."""
@@ -51,7 +47,7 @@ class ShownSlide:
 
     def sight(self, marked: Box | None, view: Box | None) -> Sight:
         """The view, or where the region is not within it, the region and what is around. Raises DataError."""
-        field = self.slide.field(_frame(marked, view or WHOLE), SENT_SIDE)
+        field = self.slide.field(frame_of(marked, view or WHOLE), SENT_SIDE)
         return Sight(to_data_uri(field.image, "JPEG", quality=FIELD_QUALITY), field.box)
 
     def viewer(self) -> dict[str, Any]:
@@ -59,17 +55,6 @@ class ShownSlide:
             "src": f"{PREFIX.strip('/')}/slides/{self.number}", "size": list(self.size),
             "tiles": {"size": TILE_SIDE, "overlap": TILE_OVERLAP}, "mpp": self.slide.mpp, "power": self.slide.power,
         }
-
-
-def _frame(marked: Box | None, view: Box) -> Box:
-    if marked is None or (
-        view.x1 <= marked.x1 and view.y1 <= marked.y1 and marked.x2 <= view.x2 and marked.y2 <= view.y2
-    ):
-        return view
-    dx, dy = (marked.x2 - marked.x1) * (AROUND - 1) / 2, (marked.y2 - marked.y1) * (AROUND - 1) / 2
-    return Box(
-        x1=max(marked.x1 - dx, 0), y1=max(marked.y1 - dy, 0), x2=min(marked.x2 + dx, 1), y2=min(marked.y2 + dy, 1)
-    )
 
 
 def slide_strip(slides: Sequence[ShownSlide]) -> str:

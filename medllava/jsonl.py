@@ -47,6 +47,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with file:
         try:
             for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix("\ufeff")  # as Windows programs begin a file
                 if not line.strip():
                     continue
                 try:
@@ -151,7 +153,7 @@ def to_item(value: Any, before: str = "\n ") -> str:
 def read_json(path: Path) -> Any:
     """Read one JSON document. Raises DataError naming the file (and the line, if it is not JSON)."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -7,7 +7,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -46,11 +46,12 @@ class Pictures:
 
     def path(self, image: str) -> Path:
         """Where a picture is. One that is not at its name is looked for by its bare name, with any ending if it has
-        none, anywhere in the folder (archives unpack into folders of their own), and taken if there is just one."""
+        none, anywhere in the folder (archives unpack into folders of their own), and taken if there is just one. So is
+        one named in the way of Windows (``C:\\pictures\\a.png``)."""
         path = self.folder / image if self.folder else Path(image)
         if self.folder is None or path.is_file():
             return path
-        found = self._by_name.get(Path(image).name, [])
+        found = self._by_name.get(PureWindowsPath(image).name, [])
         return found[0] if len(found) == 1 else path
 
     @cached_property
@@ -114,7 +115,10 @@ class Pictures:
 
     def _other(self, question: Question) -> str:
         """A picture of another group, by a number of the question's own."""
-        own = {*self._places.get(("group", question.group), ()), *self._places.get(("image", str(question.image)), ())}
+        own = {
+            *self._places.get(("group", question.group), ()), *self._places.get(("image", str(question.image)), ()),
+            *self._absent,
+        }
         count = len(self._by_group) - len(own)
         if not count:
             raise DataError(f"question {question.id}: no picture from another group to mismatch it with")
@@ -122,6 +126,11 @@ class Pictures:
         for place in sorted(own):  # the chosen one of those that are not its own
             chosen += place <= chosen
         return self._by_group[chosen][1]
+
+    @cached_property
+    def _absent(self) -> list[int]:
+        """Pictures that are not there: no question of another is asked with them."""
+        return [place for place, (_, image) in enumerate(self._by_group) if not self.path(image).is_file()]
 
     def _number(self, question: Question) -> int:
         """A random seed of the question's own, so that leaving out other questions does not change it."""

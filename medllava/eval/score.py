@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +27,6 @@ from medllava.jsonl import describe
 
 if TYPE_CHECKING:
     from medllava.eval.metrics import Row
-
-log = logging.getLogger(__name__)
 
 HELP = "score saved answers, with intervals and visual gain"
 LEGACY = ("quilt_eval", "pmc_eval", "quilt_gpt_summarize")
@@ -152,6 +149,7 @@ def _with_bertscore(rows: list[Row], answers: list[Answer], folder: Path, layer:
 def read_answers(path: Path, known: Container[str] | None = None) -> list[Answer]:
     """Our answers, or any JSON Lines with ``question_id`` and ``text``. Raises DataError naming file and line for what
     is no answer, for a second answer to a question under one condition, and, with ``known``, for one to no question."""
+    from medllava.eval.tables import tell_half_line
     from medllava.jsonl import read_rows
 
     found: list[Answer] = []
@@ -185,18 +183,8 @@ def read_answers(path: Path, known: Container[str] | None = None) -> list[Answer
             )
     if not found:
         raise DataError(f"{path}: holds no answers")
-    _tell_broken_tail(path)
+    tell_half_line(path)
     return found
-
-
-def _tell_broken_tail(path: Path) -> None:
-    """A last line that a killed writer left half is skipped, but not in silence."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        try:
-            json.loads(lines[-1])
-        except ValueError:
-            log.warning("%s:%d: the last line is half written and was left out", path, len(lines))
 
 
 def _told(row: dict[str, Any], where: str) -> dict[str, Any]:

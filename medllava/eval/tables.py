@@ -8,9 +8,12 @@ its id (``owner/name``): from the local cache, or downloaded; nothing else is fe
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
+import json
+import logging
 import pickle
 import re
 from collections.abc import Iterable, Iterator
@@ -20,6 +23,8 @@ from typing import Any
 
 from medllava.errors import DataError, MissingExtraError, first_line
 from medllava.jsonl import read_json, read_rows
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 KINDS = ".json, .jsonl, .csv, .tsv, .pkl, .parquet, .arrow, or a folder in a Hugging Face layout"
@@ -80,17 +85,23 @@ def _local(path: Path) -> Path:
 
 def _starts_with(path: Path, signs: tuple[str, ...]) -> bool:
     with path.open("rb") as file:
-        return file.read(200).lstrip().startswith(tuple(sign.encode() for sign in signs))
+        return _start(file.read(200)).startswith(tuple(sign.encode() for sign in signs))
+
+
+def _start(content: bytes) -> bytes:
+    """What a file begins with, after the mark that Windows programs put first."""
+    return content.removeprefix(codecs.BOM_UTF8).lstrip()
 
 
 def _json(path: Path, split: str | None) -> Table:
     with path.open("rb") as file:
-        start = file.read(1000).lstrip()
+        start = _start(file.read(1000))
     if not start:
         raise DataError(f"{path}: holds no questions (the file is empty)")
     if path.suffix.lower() == ".jsonl" or (start.startswith(b"{") and b'"' in start and _is_lines(path)):
         if start.startswith(b"["):  # Named .jsonl, but one JSON list.
             return Table("json", _listed(read_json(path), str(path)), path.parent)
+        tell_half_line(path)
         return Table("jsonl", [(f"{path}:{number}", row) for number, row in read_rows(path)], path.parent)
     value = read_json(path)
     if isinstance(value, list):
@@ -112,6 +123,16 @@ def _is_lines(path: Path) -> bool:
     """Whether the file's first line is a whole JSON object: JSON Lines under another name."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.readline().rstrip().endswith("}")
+
+
+def tell_half_line(path: Path) -> None:
+    """A last line that a killed writer left half is skipped, but not in silence."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        try:
+            json.loads(lines[-1])
+        except ValueError:
+            log.warning("%s:%d: the last line is half written and was left out", path, len(lines))
 
 
 def _listed(value: list[Any], where: str) -> list[tuple[str, Row]]:
@@ -173,17 +194,26 @@ def _image_folder(metadata: Path, root: Path) -> Table:
 # ------------------------------------------------------------------------------------------------------- kinds of file
 
 
-def _csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
+def _csv(path: Path, delimiter: str | None = None) -> Iterator[Row]:
+    """Rows of a table whose header tells what separates columns, unless it is given: comma, semicolon (as Excel writes
+    it in much of Europe) or tab. Empty rows are left out."""
+    content = path.read_bytes()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-16" if content.startswith(codecs.BOM_UTF16_LE) else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise DataError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as CSV UTF-8"
+        ) from error
+    if delimiter is None:
+        header = re.sub(r'"[^"]*"', "", text.lstrip().partition("\n")[0])
+        delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     for row in reader:
         if None in row or None in row.values():
             count = len(reader.fieldnames or [])
             raise DataError(f"{path}:{reader.line_num}: not as many fields as the header's {count}")
-        yield dict(row)
+        if any(row.values()):
+            yield dict(row)
 
 
 def _pickle(path: Path) -> Iterable[Row]:

@@ -10,6 +10,8 @@ with its addition is two operations. Per token of the language model, pictures' 
   masking leaves half of the square), and twice that backward. T is the mean length of the sample that a token is in,
   also when samples share a row.
 
+What samples share (see :func:`medllava.train.batch.share`) counts once.
+
 The output head counts 6 V h, or 4 V h if frozen, per supervised token only; embeddings are looked up, not multiplied.
 Per picture that is not read from a cache: 2 N of the vision tower's layers up to the one that is used (6 N for trained
 layers), and its attention; 4 N of the projector per picture token, 6 N if layers of the tower train.

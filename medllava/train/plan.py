@@ -9,7 +9,7 @@ from medllava.errors import ConfigError
 from medllava.train.batch import lay_out
 from medllava.train.config import TuneRecipe
 from medllava.train.cost import ASSUMED_MFU, Device, Memory, known_device, memory, this_device, work
-from medllava.train.dataset import Examples, Order, useful_share
+from medllava.train.dataset import Examples, Order, computed_share, useful_share
 
 _HEADROOM = 0.92
 """Part of a device's memory that a run can have: the rest goes to its driver, kernels and fragments."""
@@ -34,9 +34,10 @@ def machine(devices: int, name: str | None, zero: int = 0) -> Machine:
 
 def plan_text(
     recipe: TuneRecipe, outline: Any, examples: Examples, order: Order, steps: int, on: Machine, *, image_tokens: int,
-    cached: bool, half: bool,
+    image_token_id: int, cached: bool, half: bool,
 ) -> str:
-    """The plan in a few lines. ``outline``: the model without weights, those that train marked."""
+    """The plan in a few lines. ``outline``: the model without weights, those that train marked. What samples of a
+    picture share is left out of the operations, but not of the memory, which is at most what is told."""
     count, tokens = len(examples), sum(examples.lengths)
     epochs = steps * recipe.optim.batch_size / count
     lines = [
@@ -44,6 +45,13 @@ def plan_text(
         f" longest {max(examples.lengths)}); {steps} steps of {recipe.optim.batch_size} samples = {epochs:.2f} epochs",
         _padding(recipe, examples, order, on),
     ]
+    part = 1.0
+    if order.together > 1:
+        part = computed_share(order, examples, image_token_id=image_token_id, row_length=recipe.max_length)
+        lines.append(
+            f"up to {order.together} samples of a picture share it in a step: {100 * part:.1f} % of the tokens are"
+            " computed"
+        )
     need = _memory(recipe, outline, examples, order, on, half=half)
     spread = f", ZeRO-{on.zero}" if on.zero else ""
     lines.append(
@@ -55,7 +63,7 @@ def plan_text(
         lines.append(_fit(recipe, outline, examples, order, on, half=half))
     pictures = sum(len(sample.images) for sample in examples.samples)
     cost = work(outline, lengths=examples.lengths, image_tokens=image_tokens, cached=cached)
-    operations = epochs * cost.operations(tokens, examples.supervised, pictures)
+    operations = epochs * cost.operations(round(part * tokens), examples.supervised, pictures)
     if on.device and half:
         hours = operations / (on.devices * on.device.peak * ASSUMED_MFU) / 3600
         lines.append(

@@ -393,7 +393,8 @@ def _tune(recipe: TuneRecipe, paths: Paths, samples: Sequence[InstructionSample]
     auto = recipe.precision == "auto"
     log.info("%s", plan_text(
         recipe, outline, examples, order, steps, machine(paths.devices, paths.gpu, _zero_stage(paths.deepspeed)),
-        image_tokens=prompts.tokens_per_image, cached=cached, half=half or (paths.gpu is not None and auto),
+        image_tokens=prompts.tokens_per_image, image_token_id=prompts.image_token_id, cached=cached,
+        half=half or (paths.gpu is not None and auto),
     ))
     if plan:
         return

@@ -23,7 +23,7 @@ from medllava.model.tiny import TextSizes, tiny_model
 from medllava.train import forward
 from medllava.train.batch import Example, collate, pictures_within, share
 from medllava.train.config import TuneRecipe
-from medllava.train.dataset import Examples, Order, Pictures, first_pictures, micro_batches
+from medllava.train.dataset import Examples, Order, Pictures, computed_share, first_pictures, micro_batches
 from medllava.train.features import FeatureStore
 from medllava.train.forward import (
     APART,
@@ -361,3 +361,16 @@ def test_collate_leaves_out_what_is_known() -> None:
     assert batch.predict_positions.tolist() == [0, 1, 2, 0, 1, 2]
     assert batch.targets.tolist() == [3, 4, 5, 3, 4, 6]
     assert (batch.tokens, batch.computed, batch.weight) == (8, 5, 6)
+
+
+def test_the_plan_tells_what_is_computed(loaded: Any, samples: Any) -> None:
+    examples = prepared(loaded, samples)
+    image = loaded[0].config.image_token_id
+    order = Order(len(examples), 4, seed=0, pictures=first_pictures(examples), together=4)
+    make = micro_batches(
+        examples, None, accumulate=1, flip_seed=None, pad_id=0, image_token_id=image, row_length=600, shared=True
+    )
+    batches = [batch for indices in order.epoch(0) for batch in make(0, indices)]
+    told = computed_share(order, examples, image_token_id=image, row_length=600)
+    assert told == pytest.approx(sum(batch.computed for batch in batches) / sum(batch.tokens for batch in batches))
+    assert 0 < told < 1

@@ -8,7 +8,7 @@ both blind to what moves locally, and both ignore brightness, so flicker does no
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property
 from math import hypot
 
 import cv2
@@ -49,28 +49,28 @@ def stable_runs(frames: Iterator[Frame]) -> Iterator[tuple[int, Frame]]:
     run = 0
     anchor: _Anchor | None = None
     since_s, settled = 0.0, False
-    odd: tuple[Frame, Plane] | None = None
+    odd: tuple[Frame, _Look] | None = None
     for frame in frames:
-        small = reduced(frame.y)
-        if anchor is not None and anchor.matches(small):
+        look = _Look(reduced(frame.y))
+        if anchor is not None and anchor.matches(look):
             odd = None
             if not settled and frame.t_s - since_s >= SETTLED_S:
-                anchor, settled = _Anchor(small), True
+                anchor, settled = _Anchor(look), True
             yield run, frame
         elif anchor is not None and odd is None:
-            odd = frame, small
+            odd = frame, look
         else:
             run += 1
             since_s, settled = frame.t_s, False
             if odd is not None:
                 anchor = _Anchor(odd[1])
-                if anchor.matches(small):
+                if anchor.matches(look):
                     yield run, odd[0]
                     since_s = odd[0].t_s
                 else:
-                    anchor = _Anchor(small)
+                    anchor = _Anchor(look)
             else:
-                anchor = _Anchor(small)
+                anchor = _Anchor(look)
             odd = None
             yield run, frame
 
@@ -100,58 +100,75 @@ def _median(values: npt.NDArray[np.floating]) -> float:
     return float(ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2)
 
 
-@dataclass
-class _Anchor:
-    """A frame that others are compared with, and what the comparison needs of it."""
+class _Look:
+    """A frame's luma and the statistics of its blocks, made when they are first asked for: while a picture holds still,
+    or changes beyond likeness, most of them never are.
+    """
 
-    small: Plane
+    def __init__(self, small: Plane) -> None:
+        self.small = small
 
-    def __post_init__(self) -> None:
-        luma = self.small.astype(np.float32)
+    @cached_property
+    def luma(self) -> Array:
+        return self.small.astype(np.float32)
+
+    @cached_property
+    def mean(self) -> Array:
+        return block_mean(self.luma)
+
+    @cached_property
+    def variance(self) -> Array:
+        return block_mean(self.luma * self.luma) - self.mean**2
+
+    @cached_property
+    def gradients(self) -> tuple[Array, ...]:
+        """Along x and y; their block means; their block covariances xx, yy, xy."""
+        gx = cv2.Sobel(self.luma, cv2.CV_32F, 1, 0, scale=1 / 8)
+        gy = cv2.Sobel(self.luma, cv2.CV_32F, 0, 1, scale=1 / 8)
         # Gradients without their block mean: a change of brightness then cannot look like a displacement.
-        self._gx = cv2.Sobel(luma, cv2.CV_32F, 1, 0, scale=1 / 8)
-        self._gy = cv2.Sobel(luma, cv2.CV_32F, 0, 1, scale=1 / 8)
-        self._luma = luma
-        self._mean = block_mean(luma)
-        self._variance = block_mean(luma * luma) - self._mean**2
-        self._gx_mean, self._gy_mean = block_mean(self._gx), block_mean(self._gy)
+        gx_mean, gy_mean = block_mean(gx), block_mean(gy)
         ridge = 0.2
-        self._xx = block_mean(self._gx**2) - self._gx_mean**2 + ridge
-        self._yy = block_mean(self._gy**2) - self._gy_mean**2 + ridge
-        self._xy = block_mean(self._gx * self._gy) - self._gx_mean * self._gy_mean
-        self._textured = self._variance > FLAT
-        # How often each block changed while the picture as a whole did not: a talking head has no say in the matter.
-        self._restless = np.zeros(self._mean.shape, dtype=np.float32)
+        xx = block_mean(gx**2) - gx_mean**2 + ridge
+        yy = block_mean(gy**2) - gy_mean**2 + ridge
+        return gx, gy, gx_mean, gy_mean, xx, yy, block_mean(gx * gy) - gx_mean * gy_mean
 
-    def matches(self, small: Plane) -> bool:
-        """Does ``small`` show the anchor's picture, not moved?"""
-        difference = block_mean(cv2.absdiff(self.small, small))
+
+class _Anchor:
+    """A frame that others are compared with."""
+
+    def __init__(self, look: _Look) -> None:
+        self._look = look
+        # How often each block changed while the picture as a whole did not: a talking head has no say in the matter.
+        self._restless = np.zeros([size // BLOCK for size in look.small.shape], dtype=np.float32)
+
+    def matches(self, other: _Look) -> bool:
+        """Does ``other`` show the anchor's picture, not moved?"""
+        difference = block_mean(cv2.absdiff(self._look.small, other.small))
         if _median(difference) <= QUIET and np.count_nonzero(difference > 6 * QUIET) < 0.25 * difference.size:
             self._restless += 0.1 * ((difference > 3 * QUIET) - self._restless)
             return True
-        luma = small.astype(np.float32)
-        mean = block_mean(luma)
-        variance = block_mean(luma * luma) - mean**2
-        voters = (self._textured | (variance > FLAT)) & (self._restless < 0.5)
+        look, mean = self._look, other.mean
+        voters = ((look.variance > FLAT) | (other.variance > FLAT)) & (self._restless < 0.5)
         if voters.sum() < 4:
-            return _median(np.abs((mean - self._mean) - _median(mean - self._mean))) <= 2
-        covariance = block_mean(self._luma * luma) - mean * self._mean
-        correlation = covariance / np.sqrt(np.maximum(variance * self._variance, 0) + FLAT)
+            return _median(np.abs((mean - look.mean) - _median(mean - look.mean))) <= 2
+        covariance = block_mean(look.luma * other.luma) - mean * look.mean
+        correlation = covariance / np.sqrt(np.maximum(other.variance * look.variance, 0) + FLAT)
         if _median(correlation[voters]) < SAME:
             return False
-        moved = self._displacement(luma, mean, voters & self._textured)
+        moved = self._displacement(other, voters & (look.variance > FLAT))
         self._restless += 0.1 * ((correlation < SAME) - self._restless)
         return moved <= DRIFT
 
-    def _displacement(self, luma: Array, mean: Array, voters: npt.NDArray[np.bool_]) -> float:
+    def _displacement(self, other: _Look, voters: npt.NDArray[np.bool_]) -> float:
         """Largest displacement (pixels) of a quadrant, by one Lucas-Kanade step in each block."""
-        change = luma - self._luma
-        change_mean = mean - self._mean
-        xd = block_mean(self._gx * change) - self._gx_mean * change_mean
-        yd = block_mean(self._gy * change) - self._gy_mean * change_mean
-        determinant = self._xx * self._yy - self._xy**2
-        dx = (self._xy * yd - self._yy * xd) / determinant
-        dy = (self._xy * xd - self._xx * yd) / determinant
+        gx, gy, gx_mean, gy_mean, xx, yy, xy = self._look.gradients
+        change = other.luma - self._look.luma
+        change_mean = other.mean - self._look.mean
+        xd = block_mean(gx * change) - gx_mean * change_mean
+        yd = block_mean(gy * change) - gy_mean * change_mean
+        determinant = xx * yy - xy**2
+        dx = (xy * yd - yy * xd) / determinant
+        dy = (xy * xd - xx * yd) / determinant
         rows, columns = voters.shape
         largest = 0.0
         for top in (0, rows // 2):

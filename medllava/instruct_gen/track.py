@@ -109,29 +109,29 @@ def likeliest(spots: Spots, appearance: Appearance | None) -> npt.NDArray[np.int
     starts = np.searchsorted(spots.frame, np.arange(int(spots.frame[-1]) + 2))
     # Being visible from the start is no surprise.
     finished, finished_at = RESTART - 1.0, -1
-    for low, high, first, links in _links(spots, looks, starts):
-        here, before = slice(low, high), slice(first, low)
-        best[here] = finished - RESTART + gain[here]
+    for low, high, first, links in _links(spots, looks, gain, starts):
+        here = slice(low, high)
+        value = finished - RESTART + gain[here]
         back[here] = finished_at
         if first < low:
-            was_there, cost, far, stays = links
+            was_there, cost, far, earned = links
             # What lay there before the cursor could get there is something else.
-            age[here] = np.where(was_there, age[before] + 1, 0).max(1)
-            old = OLD_COST * (age[here] > OLD)
-            if old.any():
-                best[here] -= old
+            ages = (was_there * (age[first:low] + 1)).max(1)
+            age[here] = ages
+            if ages.max() > OLD:
+                old = OLD_COST * (ages > OLD)
+                value -= old
                 cost = cost + np.where(far, old[:, None], 0)
-            # What stays where it was and as it was goes on being the cursor, unless it looks like none at all.
-            stays = stays & (gain[here, None] > -2.5)
-            via = best[before] - cost + np.where(stays, np.maximum(gain[here, None], 0.2), gain[here, None])
+            via = best[first:low] - cost + earned
             choice = via.argmax(1)
-            value = via[np.arange(high - low), choice]
-            better = value > best[here]
-            best[here] = np.where(better, value, best[here])
-            back[here] = np.where(better, first + choice, back[here])
-        top = int(best[here].argmax())
-        if best[low + top] > finished:
-            finished, finished_at = float(best[low + top]), low + top
+            linked = via.max(1)
+            better = linked > value
+            value = np.where(better, linked, value)
+            back[here] = np.where(better, first + choice, finished_at)
+        best[here] = value
+        top = low + int(best[here].argmax())
+        if best[top] > finished:
+            finished, finished_at = float(best[top]), top
     path = []
     at = finished_at
     while at >= 0:
@@ -141,13 +141,13 @@ def likeliest(spots: Spots, appearance: Appearance | None) -> npt.NDArray[np.int
 
 
 def _links(
-    spots: Spots, looks: Floats, starts: npt.NDArray[np.intp]
+    spots: Spots, looks: Floats, gain: Floats, starts: npt.NDArray[np.intp]
 ) -> Iterator[tuple[int, int, int, list[npt.NDArray[Any]]]]:
     """(low, high, first, links) for each frame that has spots, which are those from ``low`` to ``high``.
 
     ``links``: for each pair of one of them (rows) and one of the spots ``first`` to ``low`` (columns): was it there
-    already, what the way costs, is it far, is it the same in the same place? Computed for many frames at once, because
-    arithmetic on the few pairs of one frame costs mostly calls; not for all, because memory would grow with the chunk.
+    already, what the way costs, is it far, what going there earns? Computed for many frames at once, because arithmetic
+    on the few pairs of one frame costs mostly calls; not for all, because memory would grow with the chunk.
     """
     for begin in range(0, len(starts) - 1, LINKED_TOGETHER):
         frames = np.arange(begin, min(begin + LINKED_TOGETHER, len(starts) - 1))
@@ -161,7 +161,11 @@ def _links(
         unlike = np.minimum(((looks[here] - looks[before]) ** 2).sum(1), 9.0)
         skipped = spots.frame[here] - spots.frame[before] - 1
         cost = 1.3 * np.log1p(distance / (6 + 50 * dt)) + 0.3 * unlike + 0.25 * skipped
-        flat = (distance < 3) & (skipped < 2), cost, distance > 15, (distance < 8) & (unlike < 4)
+        # What stays where it was and as it was goes on being the cursor, unless it looks like none at all.
+        earned = gain[here]
+        stays = (distance < 8) & (unlike < 4) & (earned > -2.5)
+        np.maximum(earned, 0.2, out=earned, where=stays)
+        flat = (distance < 3) & (skipped < 2), cost, distance > 15, earned
         at = 0
         for low, count, first in zip(lows.tolist(), counts.tolist(), firsts.tolist(), strict=True):
             if count:

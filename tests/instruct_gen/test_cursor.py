@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from medllava.instruct_gen.background import Thinned, median, pixel_ranks, spread
-from medllava.instruct_gen.cursor import REACH, Background, SpotFinder, _patches
+from medllava.instruct_gen.cursor import REACH, Background, Layers, SpotFinder
 from medllava.instruct_gen.track import hot_spot, learn_appearance, likeliest
 from medllava.instruct_gen.video import Frame
 
@@ -35,15 +35,16 @@ def test_patches_are_those_of_whole_planes_with_nothing_around_them():
     frames = [picture(), picture()]
     background = Background.of([picture(), picture(), picture()])
     maps = rng.integers(0, 256, (2, 2, 40, 60), dtype=np.uint8)
-    centres = np.array([(0, 0), (30, 20), (59, 39), (3, 38)], np.int32)
-    index = np.array([0, 0, 1, 1], np.int32)
-    patches = _patches(frames, background, (maps[0], maps[1]), index, centres)
-    for number, (at, (x, y)) in enumerate(zip(index, centres, strict=True)):
-        shown = [(p.y.reshape(40, 2, 60, 2).sum((1, 3), dtype=int) + 2) // 4 for p in (frames[at], background)]
-        planes = [maps[0][at], maps[1][at], shown[0], frames[at].u, frames[at].v, shown[1], background.u, background.v]
-        for plane, patch in zip(planes, patches[:, number], strict=True):
-            around = np.pad(plane, REACH)[y : y + 2 * REACH + 1, x : x + 2 * REACH + 1]
-            assert (patch == around).all()
+    layers = Layers(background)
+    for frame, (still, fresh), centres in zip(frames, maps, ([(0, 0), (30, 20)], [(59, 39), (3, 38)]), strict=True):
+        layers.show(frame, still, fresh)
+        shown = [(p.y.reshape(40, 2, 60, 2).sum((1, 3), dtype=int) + 2) // 4 for p in (frame, background)]
+        planes = [still, fresh, shown[0], frame.u, frame.v, shown[1], background.u, background.v]
+        patches = layers.around(centres)
+        for number, (x, y) in enumerate(centres):
+            for plane, patch in zip(planes, patches[:, number], strict=True):
+                around = np.pad(plane, REACH)[y : y + 2 * REACH + 1, x : x + 2 * REACH + 1]
+                assert (patch == around).all()
 
 
 def test_thinned_stays_small_and_evenly_spread():

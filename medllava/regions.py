@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 from PIL import Image, ImageDraw
+from pydantic import ValidationError
 
-from medllava.errors import ConfigError
+from medllava.errors import ConfigError, DataError
 from medllava.geometry import Box, Point, clipped_box, format_box, parse_boxes
+from medllava.jsonl import describe
 
 Way = Literal["text", "mark"]
 Kind = Literal["ellipse", "box", "point", "outline"]
@@ -81,6 +83,18 @@ def parse_ways(text: str) -> tuple[Way, ...]:
 def mentions_region(text: str) -> bool:
     """True if ``text`` speaks of a region that must have been marked, such as "this box"."""
     return _MENTION.search(text) is not None
+
+
+def as_region(given: Region | Sequence[float] | None) -> Region | None:
+    """A region from four numbers x1, y1, x2, y2 or two x, y in 0..1; regions are left as they are. Raises DataError."""
+    if given is None or isinstance(given, Box | Point):
+        return given
+    if len(given) and all(isinstance(corner, Point) for corner in given):
+        return cast("tuple[Point, ...]", tuple(given))
+    try:
+        return Point.model_validate(list(given)) if len(given) == 2 else Box.model_validate(list(given))
+    except ValidationError as error:
+        raise DataError(f"region {given!r}: {describe(error)}") from error
 
 
 def bounds(region: Region) -> Box:

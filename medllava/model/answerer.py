@@ -19,7 +19,7 @@ from PIL import Image
 from medllava.conversation import IMAGE_TAG, Turn, as_text
 from medllava.errors import PromptTooLong
 from medllava.images import load_image
-from medllava.regions import Region, asked
+from medllava.regions import Region, as_region, asked
 
 if TYPE_CHECKING:
     import torch
@@ -145,10 +145,12 @@ class Answerer:
         return self.answer_batch([(images, turns)], **decoding)[0]
 
     def ask(
-        self, text: str, *pictures: str | Path | Image.Image, region: Region | None = None, max_new_tokens: int = 256
+        self, text: str, *pictures: str | Path | Image.Image, region: Region | Sequence[float] | None = None,
+        max_new_tokens: int = 256,
     ) -> Completion:
         """The greedy answer to one question about pictures (files, data URIs or opened ones). ``region``: of the last
-        picture, shown as the model was trained to see regions. Raises DataError."""
+        picture, such as ``(x1, y1, x2, y2)`` or ``(x, y)`` in 0..1, shown as the model was trained to see regions.
+        Raises DataError."""
         images, turns = self._question(text, pictures, region)
         return self.answer(images, turns, max_new_tokens=max_new_tokens)
 
@@ -230,8 +232,8 @@ class Answerer:
         return Looker(self, self._model, prompt, self._prompts.image_token_id, self._context, self._activate)
 
     def where_did_it_look(
-        self, text: str, *pictures: str | Path | Image.Image, answer: str | None = None, region: Region | None = None,
-        **options: Any,
+        self, text: str, *pictures: str | Path | Image.Image, answer: str | None = None,
+        region: Region | Sequence[float] | None = None, **options: Any,
     ) -> Looking:
         """What the answer to one question depended on; without ``answer``, the greedy one. See :meth:`ask`, and
         :meth:`medllava.model.looking.Looker.prepare` for the options. Raises DataError.
@@ -245,10 +247,10 @@ class Answerer:
         return self.looker.look(self.looker.prepare(images, turns, answer, **options))
 
     def _question(
-        self, text: str, pictures: Sequence[str | Path | Image.Image], region: Region | None
+        self, text: str, pictures: Sequence[str | Path | Image.Image], region: Region | Sequence[float] | None
     ) -> tuple[list[Image.Image], list[Turn]]:
         images = [source if isinstance(source, Image.Image) else load_image(source) for source in pictures]
-        last, text = asked(images[-1] if images else None, text, region, self.manifest.regions)
+        last, text = asked(images[-1] if images else None, text, as_region(region), self.manifest.regions)
         if last is not None:
             images[-1] = last
         return images, [Turn(role="user", text=f"{IMAGE_TAG}\n" * len(images) + as_text(text))]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from medllava import regions
 from medllava.errors import ConfigError, DataError, MissingExtraError
-from medllava.geometry import Box, Point, format_box, out_of_frame, parse_boxes
+from medllava.geometry import Box, Point, out_of_frame, parse_boxes
 from medllava.images import load_image
 from medllava.serve.session import SENT_SIDE, WHOLE
 from medllava.serve.session import Region as MarkedRegion
@@ -92,7 +92,7 @@ class SlideView:
             off = self.mpp / self._model_mpp if self._model_mpp else 1.0
             if not 1 / MPP_OFF <= off <= MPP_OFF:
                 scale += f" (the model was trained at {self._model_mpp:.3g})"
-        shown = "the whole" if self.frame == WHOLE else format_box(self.frame)
+        shown = "the whole" if self.frame == WHOLE else str(self.frame.model_dump())
         return f"a slide of {width} x {height} pixels; answers concern {shown}, {scale}"
 
 

@@ -259,6 +259,15 @@ def test_the_python_interface_marks_or_writes_the_region(tiny: Path, photograph:
     in_text = loaded.ask("What is in this region?", photograph, region=box, max_new_tokens=4)
     typed = loaded.ask("What is in the region [0.10, 0.20, 0.40, 0.60]?", photograph, max_new_tokens=4)
     assert in_text == typed
+    assert loaded.ask("What is in this region?", photograph, region=(0.1, 0.2, 0.4, 0.6), max_new_tokens=4) == typed
+    point, numbers = (
+        loaded.ask("What is here?", photograph, photograph, region=place, max_new_tokens=4)
+        for place in (Point(x=0.5, y=0.5), [0.5, 0.5])
+    )
+    assert numbers == point != typed
+    for wrong in ((0.4, 0.2, 0.1, 0.6), (1, 2, 3, 4), (0.1, 0.2, 0.3), ()):
+        with pytest.raises(MedllavaError, match="region"):
+            loaded.ask("What is in this region?", photograph, region=wrong)
     loaded.manifest = loaded.manifest.model_copy(update={"regions": ("mark",)})
     marked = loaded.ask("What is in this region?", photograph, region=box, max_new_tokens=4)
     assert marked.prompt_tokens < typed.prompt_tokens

@@ -47,7 +47,7 @@ def test_one_shot_on_a_slide(model: Any, gigapixel: Any, tmp_path: Path, capsys:
     assert np.allclose(answer["boxes"], [[0.71, 0.72, 0.74, 0.76]], atol=1e-4)
     assert np.allclose(answer["field"]["box"], [0.7, 0.7, 0.8, 0.8], atol=1e-4)
     assert answer["field"]["mpp"] == pytest.approx(1.0, rel=0.01)
-    assert "a slide of 40960 x 32768 pixels; answers concern [0.70, 0.70, 0.80, 0.80], at 1 µm per pixel" in told.err
+    assert "a slide of 40960 x 32768 pixels; answers concern [0.7, 0.7, 0.8, 0.8], at 1 µm per pixel" in told.err
     assert "(the model was trained at 0.5)" in told.err
     (image,) = model.asked[0][0]
     assert image.size == (2048, 1639)

@@ -98,7 +98,8 @@ def group_draws(number: int, resamples: int, seed: int) -> NDArray[np.float64]:
 
 def bounded(scores: Sequence[float], groups: Sequence[str], found: Estimate) -> Estimate:
     """Where every score is 1 (or 0) a bootstrap cannot vary and would claim certainty: give the exact (Clopper-Pearson)
-    bound for that many independent groups instead."""
+    bound for that many independent groups instead. It holds for any score from 0 to 1: of those with a mean m, at least
+    a share m is not 0."""
     number = len(set(groups))
     if number > 1 and all(score == 1 for score in scores):
         return Estimate(1.0, 0.025 ** (1 / number), 1.0)
@@ -213,8 +214,7 @@ def metric(name: str, rows: Sequence[Row], *, seed: int = 0) -> Metric:
     scores = [score for _, score in scored]
     groups = [row.question.group for row, _ in scored]
     found = estimate(scores, groups, [stratum(name, row.question) for row, _ in scored], seed=seed)
-    if name in RIGHT_OR_WRONG:
-        found = bounded(scores, groups, found)
+    found = bounded(scores, groups, found)
     return Metric(value=found.value, low=found.low, high=found.high, n=len(scored), unscored=len(rows) - len(scored))
 
 
@@ -389,8 +389,6 @@ def _baselines(name: str, questions: Sequence[Question]) -> dict[str, float]:
         return _box_baseline(name, [question.box for question in questions if question.box is not None])
     if name.startswith("open_"):
         return {}
-    if name in BALANCED:
-        return {"chance": 0.5, "constant": 0.5}
     labels: Counter[str] = Counter()
     for question in questions:
         try:
@@ -401,6 +399,8 @@ def _baselines(name: str, questions: Sequence[Question]) -> dict[str, float]:
         labels[str(question.choices.index(label)) if label in question.choices else label] += 1
     if not labels:
         return {}
+    if name in BALANCED:
+        return {"chance": 0.5, "constant": 1 / len(labels)}
     found = {"constant": max(labels.values()) / labels.total()}
     options = [len(QUADRANTS) if name == "where" else len(question.choices) for question in questions]
     if all(options):
@@ -452,8 +452,11 @@ def _notes(
             f"With the options in every order the model names the same one in {same.value:.0%} of {same.n}"
             f" questions.{often}"
         )
+    notes += _class_notes(rows)
     groups = {row.question.group for row in rows}
-    if len(groups) < FEW_GROUPS:
+    if len(groups) == 1:
+        notes.append("Only 1 independent group (video or case): there are no intervals.")
+    elif len(groups) < FEW_GROUPS:
         notes.append(f"Only {len(groups)} independent groups (videos or cases): the intervals are too narrow.")
     missing = sum(row.scores is None for row in rows if row.condition == "real")
     if missing:
@@ -465,6 +468,27 @@ def _notes(
         notes.append(f"{replies.looping} of {replies.answered} replies on real pictures go round in a loop.")
     if replies.cut_off:
         notes.append(f"{replies.cut_off} answers on real pictures were cut off at the token limit.")
+    return notes
+
+
+def _class_notes(rows: Sequence[Row]) -> list[str]:
+    """Answers on real pictures that count as wrong because they could not be read, and sets of yes (or no) alone."""
+    notes = []
+    by_metric: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.condition == "real" and row.scores is not None:
+            by_metric.setdefault(metrics_of(row.question)[0], []).append(row)
+    for name, asked in by_metric.items():
+        unclear = sum(row.read is None for row in asked)
+        if unclear and name in RIGHT_OR_WRONG:
+            notes.append(f"{name}: {unclear} of {len(asked)} answers are unclear (no legal answer, or several): wrong.")
+        balanced = [row for row in asked if BALANCED.intersection(metrics_of(row.question))]
+        classes = {reference(row.question) for row in balanced}
+        if len(classes) == 1:
+            notes.append(
+                f"The answer to every yes/no question is {classes.pop()}: nothing tells a model that always says so"
+                " from one that knows."
+            )
     return notes
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,3 +81,41 @@ def test_the_report_counts_them(tmp_path: Path) -> None:
     assert "<td>the picture</td><td>4</td><td>2</td><td>1</td><td>1</td>" in page
     line = ["rescore", str(tmp_path / "answers.jsonl"), "--against", str(out / "report.json")]
     assert commands.main(line) == 0
+
+
+def scored(tmp_path: Path, rows: list[tuple[str, str]]) -> dict[str, Any]:
+    """The report on answers to questions of these references, each a group of its own."""
+    write_records(tmp_path / "q.jsonl", [
+        {"id": n, "question": "Is it?", "answer": answer} for n, (answer, _) in enumerate(rows)
+    ])
+    write_records(tmp_path / "answers.jsonl", [{"question_id": n, "text": text} for n, (_, text) in enumerate(rows)])
+    line = ["score", "--answers", str(tmp_path / "answers.jsonl"), "--gt", str(tmp_path / "q.jsonl")]
+    assert commands.main([*line, "--out", str(tmp_path / "report.json")]) == 0
+    found: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
+    return found
+
+
+def test_one_question_has_no_interval(tmp_path: Path) -> None:
+    report = scored(tmp_path, [("gland", "gland")])
+    assert report["metrics"]["open_f1"] == {"value": 1, "low": None, "high": None, "n": 1, "unscored": 0}
+    assert "Only 1 independent group (video or case): there are no intervals." in report["notes"]
+
+
+def test_nothing_right_and_nothing_clear(tmp_path: Path) -> None:
+    """An interval never claims certainty, and the words at the top say that answers could not be read."""
+    report = scored(tmp_path, [("yes", "hm"), ("yes", "I cannot tell"), ("gland", "hm"), ("vessel", "")])
+    assert report["metrics"]["closed_accuracy"] == {
+        "value": 0, "low": 0, "high": pytest.approx(1 - 0.025**0.5), "n": 2, "unscored": 0,
+    }
+    assert report["metrics"]["open_f1"]["high"] == pytest.approx(1 - 0.025**0.5)
+    assert report["abstention"]["real"]["value"] == 0.5
+    assert "closed_accuracy: 2 of 2 answers are unclear (no legal answer, or several): wrong." in report["notes"]
+
+
+def test_a_set_of_yes_alone_tells_nothing(tmp_path: Path) -> None:
+    report = scored(tmp_path, [("yes", "Yes.")] * 3)
+    assert report["baselines"]["closed_balanced"] == {"chance": 0.5, "constant": 1.0}
+    assert any(note.startswith("The answer to every yes/no question is yes") for note in report["notes"])
+    report = scored(tmp_path, [("yes", "Yes."), ("no", "Yes.")])
+    assert report["baselines"]["closed_balanced"] == {"chance": 0.5, "constant": 0.5}
+    assert not any(note.startswith("The answer to every") for note in report["notes"])

@@ -70,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a box that a question names: left in its text, or marked in red on the picture (default: as the"
         " checkpoint was trained, and text for a server)",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--device", help="cuda, cuda:1, mps, cpu, or auto: all cards together (default: the best one)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -157,7 +157,9 @@ def load(
 ) -> Loaded:
     """Open a checkpoint folder (or hub id) for use, in evaluation mode.
 
-    device: "cuda", "mps", "cpu", "cuda:1", ...; by default the first of these that exists.
+    device: "cuda", "mps", "cpu", "cuda:1", ...; by default the first of these that exists. "auto": the layers of the
+        language model are spread over all CUDA cards, for a model that is too large for one; with one card or none, as
+        by default.
     dtype: "float32", "bfloat16" or "float16"; by default bfloat16 on CUDA (float16 on cards without it), else float32.
     load_4bit, load_8bit: quantize the language model (only it) through bitsandbytes.
     merge: fold LoRA adapters into the weights, which makes the model a stock one; never done on quantized weights.
@@ -166,12 +168,13 @@ def load(
     (no such device here).
     """
     folder = local_folder(path)
-    place = _there(device) if device else best_device()
+    spread = device == "auto" and torch.cuda.device_count() > 1
+    place = _there(device) if device not in (None, "auto") else best_device()
     kind = _dtype(dtype, place)
     told = base is not None
     manifest, processor, base = verify(folder, base)
     quantization = _quantization(kind, load_4bit=load_4bit, load_8bit=load_8bit)
-    model = _load_full(base, None if told else manifest.revision, place, kind, quantization)
+    model = _load_full(base, None if told else manifest.revision, place, kind, quantization, spread=spread)
     if manifest.kind == "full":
         return Loaded(model.eval(), processor, manifest, None)
     assign(model.model.multi_modal_projector, read_tensors(folder / PROJECTOR_FILE), folder / PROJECTOR_FILE)
@@ -483,7 +486,9 @@ def _attention(device: str, dtype: torch.dtype) -> str:
     return "sdpa"
 
 
-def _load_full(source: str | Path, revision: str | None, device: str, dtype: torch.dtype, quantization: Any) -> Any:
+def _load_full(
+    source: str | Path, revision: str | None, device: str, dtype: torch.dtype, quantization: Any, *, spread: bool
+) -> Any:
     """Load a stock folder or hub id; every tensor must be there, expected and of the right shape."""
     from safetensors import SafetensorError
     from transformers import LlavaForConditionalGeneration
@@ -493,6 +498,8 @@ def _load_full(source: str | Path, revision: str | None, device: str, dtype: tor
         _check_hugging_face(source)
     transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"quantization_config": quantization, "device_map": device} if quantization else {}
+    if spread:
+        options["device_map"] = "auto"
     try:
         model, report = LlavaForConditionalGeneration.from_pretrained(
             source, revision=revision or "main", dtype=dtype, attn_implementation=_attention(device, dtype),
@@ -505,13 +512,26 @@ def _load_full(source: str | Path, revision: str | None, device: str, dtype: tor
     faults += [f"mis-shaped {_mismatch(entry)}" for entry in report["mismatched_keys"]]
     refuse(str(source), faults)
     normalise_generation_config(model.generation_config)
+    if spread:
+        check_spread(source, model.hf_device_map)
     if quantization is None:
-        return model.to(device)
+        return model if spread else model.to(device)
     for module in model.modules():
         # bitsandbytes packs 4-bit weights anew for CPUs with AVX-512, 64 columns at a time, and fails on others.
         if getattr(module, "support_avx512bf16_for_cpu", False) and module.in_features % 64:
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def check_spread(source: str | Path, places: Mapping[str, int | str]) -> None:
+    """Refuse a model that does not fit on the cards, parts of which accelerate would keep elsewhere and fetch for every
+    token. ``places``: part of the model -> device."""
+    off = [name for name, place in places.items() if place in ("cpu", "disk")]
+    if off:
+        raise CheckpointError(
+            f"{source}: does not fit on the {torch.cuda.device_count()} cards (no room for {off[0]} and {len(off) - 1}"
+            " further parts); try --load-4bit, or more cards"
+        )
 
 
 def _mismatch(entry: Any) -> str:

@@ -198,8 +198,8 @@ class Batch:
             parts = torch.split(torch.stack(list(encoded)), [len(pixels) for pixels in once])
             features = {id(pixels): part.flatten(0, 1) for pixels, part in zip(once, parts, strict=True)}
             embeddings = self._model.get_input_embeddings()(ids)
-            places = (ids == self._model.config.image_token_id).unsqueeze(-1)
-            told = torch.cat([features[id(pixels)] for pixels in pictures]).to(embeddings.dtype)
+            places = (ids == self._model.config.image_token_id).unsqueeze(-1).to(embeddings.device)
+            told = torch.cat([features[id(pixels)] for pixels in pictures]).to(embeddings)
             return {"inputs_embeds": embeddings.masked_scatter(places, told)}
 
     def _forward(self, mask: torch.Tensor, positions: torch.Tensor, cache: Any, **inputs: Any) -> Any:
@@ -241,7 +241,8 @@ class _State:
         index = torch.tensor([self.rows.index(row) for row in rows], dtype=torch.long, device=self.mask.device)
         mask = self.mask[index]
         unused = int((mask.cumsum(1) == 0).all(0).sum()) if rows else mask.shape[1]
-        self._change(lambda values: values[index, :, unused:])
+        # Layers may be spread over several cards.
+        self._change(lambda values: values[index.to(values.device), :, unused:])
         return _State(rows, self.cache, mask[:, unused:], self.positions[index])
 
     def merge(self, new: _State) -> _State:

@@ -404,7 +404,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--top-p", type=float, default=1.0)
     options.add_argument("--seed", type=int, help="makes sampling repeatable")
     options.add_argument("--max-new-tokens", type=int, default=256)
-    options.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    options.add_argument("--device", help="cuda, cuda:1, mps, cpu, or auto: all cards together (default: the best one)")
     options.add_argument("--debug", action="store_true", help="log more on stderr")
     quantised = options.add_mutually_exclusive_group()
     quantised.add_argument("--load-4bit", action="store_true", help="language model in 4 bits (bitsandbytes)")

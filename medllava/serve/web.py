@@ -200,7 +200,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--root-path", default="", help="path that a proxy serves the page under, such as /chat")
     options.add_argument("--auth-file", type=Path, help="file with one user:password a line: the page asks for them")
     options.add_argument("--api-key-file", type=Path, help="file whose first line is the workers' API key")
-    options.add_argument("--device", help="with --model-path: cuda, cuda:1, mps or cpu")
+    options.add_argument("--device", help="with --model-path: cuda, cuda:1, mps, cpu or auto")
     options.add_argument("--load-4bit", action="store_true", help="with --model-path: language model in 4 bits")
     options.add_argument("--load-8bit", action="store_true", help="with --model-path: language model in 8 bits")
     return options

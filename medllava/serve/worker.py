@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--log-json", action="store_true", help="log JSON lines on stderr, one per request, without its content"
     )
-    options.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    options.add_argument("--device", help="cuda, cuda:1, mps, cpu, or auto: all cards together (default: the best one)")
     quantised = options.add_mutually_exclusive_group()
     quantised.add_argument("--load-4bit", action="store_true", help="language model in 4 bits (bitsandbytes)")
     quantised.add_argument("--load-8bit", action="store_true", help="language model in 8 bits (bitsandbytes)")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _SET_PARENT_DEATH_SIGNAL = 1
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -21,3 +24,30 @@ def end_with_parent(parent: int) -> None:
     _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def begin_worker(parent: int, start: bytes) -> None:
+    """End with ``parent``, and first call what ``start`` is the pickle of: an initializer of a pool of processes.
+
+    A parent waits until a new process has read its arguments, which takes long where reading them imports modules.
+    """
+    end_with_parent(parent)
+    pickle.loads(start)()
+
+
+@contextmanager
+def holding_interrupts() -> Iterator[None]:
+    """Hear of Ctrl-C only after the block; processes that are started in it never do, and leave it to their parent."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def usable_cores() -> int:
+    """How many cores this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

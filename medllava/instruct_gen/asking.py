@@ -22,7 +22,7 @@ from medllava.instruct_gen.recipe import REASONING_KINDS, GenerateRecipe
 from medllava.instruct_gen.records import CaseFacts
 from medllava.llm.base import RefusedError, Reply, Request, TextModel, UnansweredError, for_each
 from medllava.llm.budget import BudgetError
-from medllava.llm.cache import CachedModel, ReplyCache
+from medllava.llm.cache import CachedModel, KeptReplies, ReplyCache
 from medllava.llm.pace import Pace
 
 Item = TypeVar("Item")
@@ -98,7 +98,7 @@ class Trouble:
         return self.failures.get(id) or f"not asked: {self.stopped or 'a reply that it builds on is absent'}"
 
 
-def replay(steps: Generator[Request, Reply, Result], cache: ReplyCache) -> Result:
+def replay(steps: Generator[Request, Reply, Result], cache: ReplyCache | KeptReplies) -> Result:
     """What ``steps`` return when they are sent the kept replies. Raises LookupError if one is not there."""
     try:
         request = next(steps)

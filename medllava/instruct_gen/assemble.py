@@ -12,16 +12,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from medllava.conversation import IMAGE_TAG, InstructionSample, Provenance, Turn
-from medllava.instruct_gen.asking import Plan, Trouble, read_facts, replay
+from medllava.instruct_gen.asking import Plan, Trouble, read_facts
 from medllava.instruct_gen.duplicates import NearDuplicates
 from medllava.instruct_gen.finished import write_note
-from medllava.instruct_gen.kinds import Draft, Task, UnusableReplyError, seeded_fraction
-from medllava.instruct_gen.recipe import GenerateRecipe
+from medllava.instruct_gen.kinds import seeded_fraction
+from medllava.instruct_gen.making import Made, Maker
 from medllava.instruct_gen.records import CaseFacts, Dropped
 from medllava.instruct_gen.redact import RedactedFile
-from medllava.instruct_gen.wording import verdict
-from medllava.jsonl import atomic_write, to_item, to_line, write_json, write_json_list, write_records
+from medllava.jsonl import atomic_write, to_line, write_json, write_json_list, write_records
 from medllava.llm.cache import ReplyCache
 
 _RESULTS = (
@@ -63,19 +61,21 @@ def write_results(plan: Plan, cache: ReplyCache, trouble: Trouble, out: Path) ->
             else:
                 reason = found.reason if found else trouble.why_absent(video)
                 drop(Dropped(id=f"{video} (case facts)", reason=reason, raw=found.raw if found else None))
-        duplicates = NearDuplicates(plan.recipe.duplicates_across_images)
-        for task in plan.tasks(facts):
-            result = _sample_or_drop(task, plan, cache, trouble, duplicates)
-            if isinstance(result, Dropped):
-                drop(result)
+        duplicates = NearDuplicates()
+        for task, made in Maker(plan.recipe, plan.prompts, cache.kept).make_all(plan.tasks(facts)):
+            if made is None:
+                made = Dropped(id=task.id, reason=trouble.why_absent(task.id))
+            elif isinstance(made, Made) and (alike := duplicates.fault(task.id, task.caption.image, made.fingerprint)):
+                made = Dropped(id=task.id, reason=alike, raw=made.raw)
+            if isinstance(made, Dropped):
+                drop(made)
                 continue
-            kept[result.kind] += 1
-            samples.write(to_line(result))
-            item = to_item(result.to_llava())
-            whole(item)
-            part[split[task.caption.video]](item)
-            if result.kind == "question" and split[task.caption.video] == "val":
-                benchmark[bool(result.image_dependent)].write(to_line(_question(result)))
+            kept[task.kind] += 1
+            samples.write(made.line)
+            whole(made.item)
+            part[split[task.caption.video]](made.item)
+            if made.question and split[task.caption.video] == "val":
+                benchmark[bool(made.image_dependent)].write(made.question)
     write_records(out / "case_facts.jsonl", facts.values())
     write_json(out / "split.json", split)
     summary = _summary(plan, cache, kept, reasons)
@@ -97,48 +97,6 @@ def split_videos(videos: Sequence[str], val_fraction: float, seed: int) -> dict[
     if val_fraction > 0 and len(places) > 1:
         val = (val or {by_place[0]}) - (set() if len(val) < len(places) else {by_place[-1]})
     return {video: "val" if Path(video).stem in val else "train" for video in videos}
-
-
-def _sample_or_drop(
-    task: Task, plan: Plan, cache: ReplyCache, trouble: Trouble, duplicates: NearDuplicates
-) -> InstructionSample | Dropped:
-    try:
-        draft = replay(plan.steps(task), cache)
-    except UnusableReplyError as error:
-        return Dropped(id=task.id, reason=error.reason, raw=error.raw or None)
-    except LookupError:
-        return Dropped(id=task.id, reason=trouble.why_absent(task.id))
-    reason = duplicates.fault(task.id, task.caption.image, draft.turns)
-    if reason:
-        return Dropped(id=task.id, reason=reason, raw=draft.raw)
-    return _sample(task, draft, plan.recipe)
-
-
-def _sample(task: Task, draft: Draft, recipe: GenerateRecipe) -> InstructionSample:
-    first, *rest = draft.turns
-    behind = recipe.image_position == "random" and seeded_fraction(recipe.seed, "image", task.id) < 0.5
-    asked = f"{first.text}\n{IMAGE_TAG}" if behind else f"{IMAGE_TAG}\n{first.text}"
-    phrases = task.caption.phrases
-    return InstructionSample(
-        id=task.id, kind=task.kind, images=(task.caption.image,), turns=(Turn(role="user", text=asked), *rest),
-        answer_type=draft.answer_type, image_dependent=draft.image_dependent,
-        provenance=Provenance(
-            video=task.caption.video, chunk=task.caption.id, prompt_hash=draft.prompt_hash, teacher=draft.teacher,
-            start_s=min((phrase.start_s for phrase in phrases), default=None),
-            end_s=max((phrase.end_s for phrase in phrases), default=None), quote=draft.quote,
-        ),
-    )
-
-
-def _question(sample: InstructionSample) -> dict[str, Any]:
-    """A narrator's question as a line of the question files that ``medllava eval`` reads."""
-    question, answer = (turn.text.replace(IMAGE_TAG, "").strip() for turn in sample.turns[:2])
-    row: dict[str, Any] = {"id": sample.id, "image": sample.images[0], "question": question, "kind": sample.answer_type}
-    if sample.answer_type == "closed":
-        row |= {"answer": "yes" if verdict(answer) else "no", "choices": ["yes", "no"]}
-    else:
-        row |= {"answer": answer, "choices": []}
-    return {**row, "box": None, "group": sample.provenance.video}
 
 
 def _summary(plan: Plan, cache: ReplyCache, kept: Counter[str], reasons: Counter[str]) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from pydantic import BaseModel
 
 from medllava.errors import ConfigError
 from medllava.jsonl import Appender, to_line
@@ -17,6 +18,43 @@ from medllava.llm.budget import Price
 from medllava.llm.pace import Pace
 
 log = logging.getLogger(__name__)
+
+
+class _Line(BaseModel):
+    """A line of the file. Read in one go, which takes half of what reading it as JSON first does."""
+
+    key: str
+    reply: Reply
+
+
+class KeptReplies:
+    """Replies of a file, read as they are asked for. Can be sent to another process, which opens the file for itself.
+
+    ``offsets``: where in the file the line of each key, as bytes, begins; what is added to it later is found as well.
+    """
+
+    def __init__(self, path: Path, offsets: dict[bytes, int]) -> None:
+        self.path = path
+        self.offsets = offsets
+        self._file: IO[bytes] | None = None
+
+    def __reduce__(self) -> tuple[type[KeptReplies], tuple[Path, dict[bytes, int]]]:
+        return KeptReplies, (self.path, self.offsets)
+
+    def get(self, key: str) -> Reply | None:
+        """The reply kept under ``key``, or None."""
+        offset = self.offsets.get(bytes.fromhex(key))
+        if offset is None:
+            return None
+        if self._file is None:
+            self._file = self.path.open("rb")
+        self._file.seek(offset)
+        return _Line.model_validate_json(self._file.readline()).reply
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class ReplyCache:
@@ -33,7 +71,7 @@ class ReplyCache:
         self.completion_tokens = 0
         self.cached_tokens = 0
         self._batch_tokens = [0, 0, 0]
-        self._offsets: dict[bytes, int] = {}
+        self.kept = KeptReplies(path, {})
         self._appender = Appender(path)
 
     def __enter__(self) -> ReplyCache:
@@ -45,38 +83,34 @@ class ReplyCache:
             self._lock.close()
             raise ConfigError(f"{self.path}: another run is writing here; wait, or choose another --out") from error
         self._appender.__enter__()
-        self._reader = self.path.open("rb")
         self._end = 0
         unreadable = 0
-        for line in self._reader:
-            try:
-                row = json.loads(line)
-                self._remember(row["key"], Reply.model_validate(row["reply"]))
-            except (ValueError, KeyError, TypeError):
-                unreadable += 1
-            self._end += len(line)
+        with self.path.open("rb") as lines:
+            for line in lines:
+                try:
+                    row = _Line.model_validate_json(line)
+                    self._remember(row.key, row.reply)
+                except ValueError:
+                    unreadable += 1
+                self._end += len(line)
         if unreadable:
             log.warning("%s: %d unreadable lines; those calls will be made again", self.path, unreadable)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._reader.close()
+        self.kept.close()
         self._appender.__exit__()
         self._lock.close()
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self.kept.offsets)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and bytes.fromhex(key) in self._offsets
+        return isinstance(key, str) and bytes.fromhex(key) in self.kept.offsets
 
     def get(self, key: str) -> Reply | None:
         """The reply kept under ``key``, or None."""
-        offset = self._offsets.get(bytes.fromhex(key))
-        if offset is None:
-            return None
-        self._reader.seek(offset)
-        return Reply.model_validate(json.loads(self._reader.readline())["reply"])
+        return self.kept.get(key)
 
     def put(self, key: str, reply: Reply) -> None:
         """Keep ``reply`` under ``key``, now."""
@@ -92,7 +126,7 @@ class ReplyCache:
         return price.usd(*live) + price.usd(*self._batch_tokens, batch=True)
 
     def _remember(self, key: str, reply: Reply) -> None:
-        self._offsets[bytes.fromhex(key)] = self._end
+        self.kept.offsets[bytes.fromhex(key)] = self._end
         self.prompt_tokens += reply.prompt_tokens
         self.completion_tokens += reply.completion_tokens
         self.cached_tokens += reply.cached_tokens

@@ -10,7 +10,7 @@ import pytest
 from medllava.conversation import Turn
 from medllava.geometry import Box
 from medllava.instruct_gen import diagnoses, patterns, wording
-from medllava.instruct_gen.duplicates import NearDuplicates
+from medllava.instruct_gen.duplicates import NearDuplicates, fingerprint
 from medllava.instruct_gen.gates import Background, first_fault
 from medllava.instruct_gen.records import CaseFacts, Clue, GroundedCaption, Phrase
 
@@ -88,13 +88,17 @@ def test_diagnosis_may_be_named_only_where_the_case_is_known():
 
 def test_near_duplicates_are_found_within_an_image_only():
     seen = NearDuplicates()
+
+    def repeats(id, image, said):
+        return seen.fault(id, image, fingerprint(said))
+
     pairs = [("Where is the gland?", "In the upper left."), ("Is there necrosis here?", "No, there is no necrosis.")]
     first = turns(*pairs[0], *pairs[1])
-    assert seen.fault("1", "a.png", first) is None
-    assert seen.fault("2", "b.png", first) is None
-    assert seen.fault("3", "a.png", turns(*pairs[1], *pairs[0])).startswith("near-duplicate: 1.00 like sample 1")
-    assert seen.fault("3", "a.png", turns("WHERE is the gland?", *pairs[0][1:], *pairs[1])).startswith("near")
-    assert seen.fault("3", "a.png", turns(*pairs[0], "What is in the lower left?", "Adipose.")) is None
+    assert repeats("1", "a.png", first) is None
+    assert repeats("2", "b.png", first) is None
+    assert repeats("3", "a.png", turns(*pairs[1], *pairs[0])).startswith("near-duplicate: 1.00 like sample 1")
+    assert repeats("3", "a.png", turns("WHERE is the gland?", *pairs[0][1:], *pairs[1])).startswith("near")
+    assert repeats("3", "a.png", turns(*pairs[0], "What is in the lower left?", "Adipose.")) is None
 
 
 def has_one(tree, needs) -> bool:

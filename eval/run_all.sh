@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every benchmark once, on tiny made-up samples of its schema: answered with all ablations and rotations, scored, reported,
-# judged by a small local judge, compared, computed again from the answers. Shows that everything runs; the scores mean
-# nothing. Needs a checkpoint folder, for example the demo's:  bash eval/run_all.sh demo-out/stage2 [OUT]
+# judged by a small local judge, compared, computed again from the answers; the encoder sets with an encoder of random
+# weights, or with yours (ENCODER=FOLDER). Shows that everything runs; the scores mean nothing. Needs a checkpoint folder,
+# for example the demo's:  bash eval/run_all.sh demo-out/stage2 [OUT]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:?usage: bash eval/run_all.sh CHECKPOINT [OUT]}
@@ -36,5 +37,14 @@ trap 'kill $judge' EXIT
 while [ ! -s "$out/judge_url.txt" ]; do sleep 0.1; done
 $eval judge --mode pair --answers "$out/quilt_gpt/answers.jsonl" --base-url "$(cat "$out/judge_url.txt")" --model judge \
   --price 2.5 10 --max-usd 1 --out "$out/judged" 2> "$out/log.txt"
+
+$python tests/eval/make_encoder_samples.py "$out/encoders"
+for data in "$out"/encoders/data/*/; do
+  name=$(basename "$data")
+  $eval encoder --model-path "${ENCODER:-$out/encoders/clip}" --benchmark "$name" --images "$data" \
+    --out "$out/encoders/encoder_$name.json" 2> "$out/log.txt" | sed -n '1p' || { cat "$out/log.txt" >&2; exit 1; }
+done
+
+$eval overview "$out" --out "$out"
 $eval harness --to model-index --report "$out/quilt_vqa/report/report.json" --out "$out/model_index.yaml"
 echo "all benchmarks ran; reports in $out/*/report/report.html"

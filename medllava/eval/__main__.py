@@ -1,4 +1,4 @@
-"""``python -m medllava.eval STEP``: fetch data, answer, score, judge, report, rescore, compare; encoder figures."""
+"""``python -m medllava.eval STEP``: fetch data, answer, score, judge, report, rescore, compare, overview, encoders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from medllava.errors import run_cli
 from medllava.steps import run_step
 
-STEPS = ("fetch", "answer", "score", "judge", "report", "rescore", "compare", "encoder", "harness")
+STEPS = ("fetch", "answer", "score", "judge", "report", "rescore", "compare", "overview", "encoder", "harness")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -79,8 +79,9 @@ def make_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def quilt_vqa(out: Path) -> None:
     rows = [{**row, "image_dependent": "no" if number > 5 else "yes"} for number, row in enumerate(open_and_closed())]
-    make_json(out / "quilt_vqa" / "questions.json", rows)
-    pictures(out / "quilt_vqa" / "images")
+    for name in ("quilt_vqa", "quilt_vqa_raw"):
+        make_json(out / name / "questions.json", rows)
+        pictures(out / name / "images")
 
 
 def quilt_vqa_red(out: Path) -> None:
@@ -205,6 +206,24 @@ def grounding(out: Path) -> None:
     pictures(out / "grounding" / "images")
 
 
+def phantom(out: Path) -> None:
+    """Questions of every kind that the phantom's have."""
+    kinds: list[dict[str, Any]] = [
+        {"kind": "where", "question": "Where is the dark disc?", "answer": "In the upper left."},
+        {"kind": "yes_no", "question": "Is there a dark disc?", "answer": "Yes."},
+        {"kind": "what", "question": "What is in this image?", "answer": "necrosis", "choices": FINDINGS},
+        {"kind": "count", "question": "How many discs are there?", "answer": "1"},
+        {"kind": "box", "question": "Give the box of the disc.", "answer": "[0.10, 0.10, 0.40, 0.40]",
+         "box": [0.1, 0.1, 0.4, 0.4]},
+    ]
+    rows = [
+        {"id": f"{number}-{row['kind']}", "image": NAMES[number], "group": f"video{number}", **row}
+        for number in range(2) for row in kinds
+    ]
+    make_lines(out / "phantom" / "questions.jsonl", rows)
+    pictures(out / "phantom" / "images")
+
+
 def own(out: Path) -> None:
     rows = [
         {"image": NAMES[0], "question": "Is there a gland?", "answer": "yes", "choices": "", "category": "gut"},
@@ -220,7 +239,8 @@ def own(out: Path) -> None:
 def make(out: Path) -> dict[str, tuple[Path, Path]]:
     """Write every sample; benchmark -> (question file, folder of pictures)."""
     layouts = (
-        quilt_vqa, quilt_vqa_red, quilt_gpt, path_vqa, pmc_vqa, path_mmu, slake, vqa_rad, kvasir_vqa, grounding, own,
+        quilt_vqa, quilt_vqa_red, quilt_gpt, path_vqa, pmc_vqa, path_mmu, slake, vqa_rad, kvasir_vqa, grounding,
+        phantom, own,
     )
     for write in layouts:
         write(out)

@@ -3,95 +3,31 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
-import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from medllava.errors import ConfigError, DataError
 from medllava.eval import __main__ as commands
 from medllava.eval.benchmarks import known_files
 from medllava.eval.encoder_sets import load_set, read_set
 
-EACH = 6
-GLEASON = ("NC", "G3", "G4", "G5")
+
+def module() -> ModuleType:
+    path = Path(__file__).with_name("make_encoder_samples.py")
+    spec = importlib.util.spec_from_file_location("make_encoder_samples", path)
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
 
 
-def picture(path: Path, number: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(str(path))
-    Image.new("RGB", (24, 24), (40 * number % 256, rng.randrange(256), 120)).save(path)
-
-
-def fill(root: Path, folders: list[str], suffix: str = ".png") -> None:
-    for number, folder in enumerate(folders):
-        for each in range(EACH):
-            picture(root / folder / f"{Path(folder).name}-{each}{suffix}", number)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def lc25000(root: Path) -> None:
-    base = "lung_colon_image_set"
-    fill(root, [f"{base}/colon_image_sets/colon_{name}" for name in ("aca", "n")], ".jpeg")
-    fill(root, [f"{base}/lung_image_sets/lung_{name}" for name in ("aca", "n", "scc")], ".jpeg")
-
-
-def pcam(root: Path) -> None:
-    fill(root, [f"{split}/{label}" for split in ("train", "test") for label in "01"])
-
-
-def nct_crc_he(root: Path) -> None:
-    classes = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
-    fill(root, [f"{split}/{name}" for split in ("NCT-CRC-HE-100K", "CRC-VAL-HE-7K") for name in classes], ".tif")
-
-
-def mhist(root: Path) -> None:
-    rows = []
-    for number in range(4 * EACH):
-        label, split = ("HP", "SSA")[number % 2], ("train", "test")[number // 2 % 2]
-        picture(root / "images" / f"MHIST_{number}.png", number % 2)
-        rows.append({"Image Name": f"MHIST_{number}.png", "Majority Vote Label": label,
-                     "Number of Annotators who Selected SSA (Out of 7)": 3, "Partition": split})
-    write_rows(root / "annotations.csv", rows)
-
-
-def bach(root: Path) -> None:
-    fill(root, [f"Photos/{name}" for name in ("Benign", "InSitu", "Invasive", "Normal")], ".tif")
-    for name in ("Benign", "InSitu", "Invasive", "Normal"):
-        for each in range(20):
-            picture(root / "Photos" / name / f"{name[0]}{each:03}.tif", each)
-
-
-def sicapv2(root: Path) -> None:
-    for split in ("Train", "Test"):
-        rows = []
-        for number in range(EACH * len(GLEASON)):
-            name = f"{split}{number // 4}_Block_Region_{number}_xini_0_yini_0.jpg"
-            picture(root / "images" / name, number % 4)
-            rows.append({"image_name": name, **{each: int(number % 4 == place) for place, each in enumerate(GLEASON)},
-                         "G4C": 0})
-        write_rows(root / "partition" / "Test" / f"{split}.csv", rows)
-
-
-def image_folder(root: Path) -> None:
-    fill(root, [f"{split}/{name}" for split in ("train", "test") for name in ("fat_tissue", "muscle", "nerve")])
-
-
-LAYOUTS: dict[str, Callable[[Path], None]] = {
-    made.__name__: made for made in (lc25000, pcam, nct_crc_he, mhist, bach, sicapv2, image_folder)
-}
+samples = module()
+LAYOUTS = samples.LAYOUTS
 
 
 def test_every_definition_has_a_sample() -> None:
@@ -115,25 +51,13 @@ def test_a_layout_is_read(name: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP model of random weights."""
-    import torch
-    from transformers import CLIPImageProcessor
-
-    from medllava.model import tiny
-
     folder = tmp_path_factory.mktemp("clip")
-    texts = ["a histopathology image of benign prostate glands", "an H&E image of prostate adenocarcinoma of grade 3"]
-    tokenizer = tiny.build_tokenizer(texts * 20, tiny.TokenizerSizes(vocab_size=300, coordinate_tokens=False))
-    vision = tiny.VisionSizes(image_size=24, patch_size=12, hidden_size=32, intermediate_size=64, layers=1)
-    torch.manual_seed(0)
-    tiny.build_clip(vision, tokenizer, projection_dim=16, text_layers=1, text_positions=64).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24).save_pretrained(folder)
+    samples.make_clip(folder)
     return folder
 
 
 def test_all_figures_of_a_benchmark(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sicapv2(tmp_path / "data")
+    LAYOUTS["sicapv2"](tmp_path / "data")
     out = tmp_path / "out.json"
     line = ["encoder", "--model-path", str(clip), "--benchmark", "sicapv2", "--images", str(tmp_path / "data")]
     assert commands.main([*line, "--device", "cpu", "--out", str(out)]) == 0
@@ -153,7 +77,7 @@ def test_bad_data_is_told_in_a_line(clip: Path, tmp_path: Path) -> None:
         commands.main([*line, "mhits"])
     with pytest.raises(DataError, match=r"annotations\.csv: no such file; eval/benchmarks/encoder/mhist.yaml says"):
         commands.main([*line, "mhist"])
-    mhist(tmp_path)
+    LAYOUTS["mhist"](tmp_path)
     (tmp_path / "images" / "MHIST_3.png").unlink()
     with pytest.raises(DataError, match=r"annotations\.csv:5: no such image file"):
         commands.main([*line, "mhist"])
@@ -166,10 +90,10 @@ def test_bad_data_is_told_in_a_line(clip: Path, tmp_path: Path) -> None:
 
 
 def test_classes_without_a_split_are_held_apart_by_name(tmp_path: Path) -> None:
-    fill(tmp_path, ["bone", "skin"])
+    samples.fill(tmp_path, ["bone", "skin"])
     for folder in ("bone", "skin"):
-        for each in range(EACH, 40):
-            picture(tmp_path / folder / f"{folder}-{each}.png", each)
+        for each in range(samples.EACH, 40):
+            samples.picture(tmp_path / folder / f"{folder}-{each}.png", each)
     found = read_set(load_set("image_folder"), tmp_path)
     assert len(found.train) + len(found.test) == 80 and 5 <= len(found.test) <= 30
     assert not {pair.name for pair in found.train} & {pair.name for pair in found.test}
@@ -201,7 +125,7 @@ def test_pcam_as_published(tmp_path: Path) -> None:
 
 def test_sicapv2_as_published(tmp_path: Path) -> None:
     openpyxl = pytest.importorskip("openpyxl")
-    sicapv2(tmp_path)
+    LAYOUTS["sicapv2"](tmp_path)
     expected = [pair.texts[0] for pair in read_set(load_set("sicapv2"), tmp_path).test]
     for path in (tmp_path / "partition" / "Test").glob("*.csv"):
         book = openpyxl.Workbook()

@@ -12,13 +12,14 @@ import yaml
 
 from medllava.config import load_recipe
 from medllava.errors import ConfigError
-from medllava.eval.benchmarks import load_benchmark
+from medllava.eval.benchmarks import load_benchmark, read_questions
 from medllava.eval.encoder_sets import load_set
 from medllava.eval.harness import lmms_tasks
 from medllava.eval.judge import request as judge_request
 from medllava.eval.judge_pairs import Pair
 from medllava.eval.judge_pairs import request as pair_request
 from medllava.eval.records import Question
+from medllava.images import load_image
 from medllava.instruct_gen.concepts import Vocabulary
 from medllava.instruct_gen.frame_filter import Prompts
 from medllava.instruct_gen.kinds import load_prompts
@@ -34,6 +35,7 @@ KINDS = {
     "instruct_gen/recipes": "generation", "instruct_gen/prompts": "prompt",
     "instruct_gen/vocabulary": "vocabulary",
     "eval/benchmarks": "benchmark", "eval/benchmarks/encoder": "encoder set", "eval/prompts": "judge",
+    "eval/general": "general questions", "eval/general/pictures": "drawing",
     "eval": "script", "eval/harness/lmms_eval": "lmms-eval task", "serve": "deployment",
 }
 """Which folder holds what. A file elsewhere must be named here before it is added."""
@@ -75,10 +77,14 @@ def test_it_loads_as_what_it_is(path: Path) -> None:
         assert load_prompt(path.parent, path.stem).hash
     elif kind == "vocabulary":
         assert Vocabulary.read(path).concepts
-    elif kind == "benchmark":
+    elif kind == "benchmark" or path.name == "general.yaml":
         assert load_benchmark(str(path)).name == path.stem
     elif kind == "encoder set":
         assert load_set(str(path)).name == path.stem
+    elif kind == "general questions":
+        assert read_questions(path)
+    elif kind == "drawing":
+        assert load_image(path).size == (192, 192)
     elif kind == "lmms-eval task":
         assert path.read_text() == lmms_tasks()[path.name], "make it again: medllava eval harness --to lmms-eval"
     elif path.name == "hostfile":

@@ -20,22 +20,25 @@ Item = TypeVar("Item")
 
 def pixel_ranks(stack: Sequence[Plane], ranks: Sequence[int]) -> list[Plane]:
     """For each rank (0 = smallest) the image of the pixels' values of that rank within ``stack``."""
-    if len(stack) == 1:
-        return [stack[0] for _ in ranks]
-    # Worked on in place: room asked from the system for each step would take longer to get than to fill.
-    lanes = list(np.stack(stack))
-    spare = np.empty_like(lanes[0])
+    lanes = list(stack)
+    # Room that is free again is used first: it is in the cache, and to ask the system for more would take longer than
+    # to fill it. Only the given images are left as they are.
+    free: list[Plane] = []
     for low, high, keep_low, keep_high in _network(len(stack), tuple(sorted(set(ranks)))):
         a, b = lanes[low], lanes[high]
+        ours = [plane for lane, plane in ((low, a), (high, b)) if plane is not stack[lane]]
         if keep_low and keep_high:
-            cv2.min(a, b, dst=spare)
-            cv2.max(a, b, dst=b)
-            lanes[low], spare = spare, a
-        elif keep_low:
-            cv2.min(a, b, dst=a)
+            lanes[low] = free.pop() if free else np.empty_like(a)
+            cv2.min(a, b, dst=lanes[low])
+        room = ours.pop() if ours else free.pop() if free else np.empty_like(a)
+        if keep_high:
+            lanes[high] = room
+            cv2.max(a, b, dst=room)
         else:
-            cv2.max(a, b, dst=b)
-    return [lanes[rank].copy() for rank in ranks]
+            lanes[low] = room
+            cv2.min(a, b, dst=room)
+        free += ours
+    return [lanes[rank] for rank in ranks]
 
 
 def median(stack: Sequence[Plane]) -> Plane:
@@ -69,22 +72,26 @@ class Thinned(Generic[Item]):
 
 @lru_cache(maxsize=64)
 def _network(lanes: int, ranks: tuple[int, ...]) -> tuple[tuple[int, int, bool, bool], ...]:
-    """Batcher's merge-exchange network for ``lanes`` inputs without the parts that the wanted ranks do not need."""
-    pairs: list[tuple[int, int]] = []
-    top = 1 << ((lanes - 1).bit_length() - 1)
-    p = top
-    while p > 0:
-        q, r, d = top, 0, p
-        while True:
-            pairs.extend((i, i + d) for i in range(lanes - d) if i & p == r)
-            if q == p:
-                break
-            d, q, r = q - p, q // 2, p
-        p //= 2
+    """Parberry's pairwise sorting network for ``lanes`` inputs without the parts that the wanted ranks do not need, of
+    which it has fewer than Batcher's. (low, high, is the minimum needed, is the maximum needed) for each comparison.
+    """
     needed = set(ranks)
     kept = []
-    for low, high in reversed(pairs):
-        if low in needed or high in needed:
+    for low, high in reversed(_pairwise(range(1 << (lanes - 1).bit_length()))):
+        # Lanes up to the next power of two would hold infinity, which stays where it is.
+        if high < lanes and (low in needed or high in needed):
             kept.append((low, high, low in needed, high in needed))
             needed |= {low, high}
     return tuple(reversed(kept))
+
+
+def _pairwise(lanes: Sequence[int]) -> list[tuple[int, int]]:
+    """The comparisons that sort 1, 2, 4, 8, ... lanes; those of a few lanes follow one another."""
+    if len(lanes) == 1:
+        return []
+    pairs = [*zip(lanes[::2], lanes[1::2], strict=True), *_pairwise(lanes[::2]), *_pairwise(lanes[1::2])]
+    step = len(lanes) // 2 - 1
+    while step:
+        pairs += zip(lanes[1:-step:2], lanes[1 + step :: 2], strict=True)
+        step //= 2
+    return pairs

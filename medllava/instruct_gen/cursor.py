@@ -191,6 +191,7 @@ class SpotFinder:
         self.patches: Thinned[Patch] = Thinned(MOST_PATCHES)
         self._spans = 0
         self._active: npt.NDArray[np.uint16] | None = None
+        self._zone_after: tuple[int, Plane | None] = 0, None
 
     def find(self, frames: Sequence[Frame], background: Background, only: range, first: int) -> Spots:
         """Spots of the frames ``only`` (indices in ``frames``, the others are context); ``frames[0]`` has the number
@@ -244,6 +245,11 @@ class SpotFinder:
 
     def zone(self) -> Plane | None:
         """255 in cells that change in most spans of the video (talking head, clock, subtitles); None if unknown yet."""
+        if self._zone_after[0] != self._spans:
+            self._zone_after = self._spans, self._found_zone()
+        return self._zone_after[1]
+
+    def _found_zone(self) -> Plane | None:
         if self._active is None or self._spans < 10:
             return None
         zone = np.where(self._active > 0.5 * self._spans, 255, 0).astype(np.uint8)

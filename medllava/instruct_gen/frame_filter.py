@@ -82,8 +82,9 @@ def _share_of_few_colours(y: Plane, u: Plane, v: Plane, stained: npt.NDArray[np.
     """The part of the stained pixels that the four commonest of some coarse colours have."""
     colour = (y[stained].astype(np.int32) // 8 << 12) + ((u[stained].astype(np.int32) + 1) // 4 << 6)
     colour += (v[stained].astype(np.int32) + 1) // 4
-    counts = np.sort(np.bincount(colour))
-    return float(counts[-4:].sum() / max(1, counts.sum()))
+    counts = np.bincount(colour)
+    commonest = np.sort(counts[counts > 0])[-4:]
+    return float(commonest.sum() / max(1, len(colour)))
 
 
 def _logistic(value: float) -> float:

@@ -273,9 +273,11 @@ def hot_spot(patches: Sequence[Patch], appearance: Appearance) -> Floats:
 
     Dots, crosshairs and rings point with their centre; an arrow points with its upper left corner.
     """
+    if len(patches) < 5:
+        return np.zeros(2, np.float32)
     shapes, centres = [], []
-    for patch in patches:
-        if appearance.score(patch.looks[None])[0] > 1.5:
+    for patch, score in zip(patches, appearance.score(np.stack([patch.looks for patch in patches])), strict=True):
+        if score > 1.5:
             shapes.append(patch.shape.astype(np.float32) / max(1, int(patch.shape.max())))
             centres.append(patch.centre)
     if len(shapes) < 5:

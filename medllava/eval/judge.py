@@ -123,6 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
         "date": now(),
     }
     _same_endpoint(arguments.out, url)
+    print(work.told(price), flush=True)
     verdicts, usd = asyncio.run(work.done(url, price))
     if arguments.mode == "pair":
         pairs = [verdict for verdict in verdicts if isinstance(verdict, PairVerdict)]
@@ -207,7 +208,7 @@ class _Work:
             f"{len(open_ones):,} calls to make ({len(requests) - len(open_ones):,} are kept already);"
             f" about {prompt:,} prompt tokens and {EXPECTED_TOKENS * len(open_ones):,} of replies"
         ]
-        if price:
+        if price and open_ones:
             most = sum(map(price.most, open_ones))
             lines.append(
                 f"about ${price.usd(prompt, EXPECTED_TOKENS * len(open_ones)):.4f}, at most ${most:.4f}"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import os
 import signal
 import subprocess
@@ -224,7 +225,8 @@ def test_dry_run_and_a_limit(judge: tuple[str, Any], tmp_path: Path, capsys: pyt
     assert sum(10 * reply["prompt_tokens"] + 100 * reply["completion_tokens"] for reply in kept) / 1e6 <= 0.1
     assert commands.main(command(path, url, tmp_path / "out", *price)) == 0
     assert set(http.seen.values()) == {1}
-    assert "cost of all replies" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"^\d+ calls to make \([1-9]\d* are kept already\)", said) and "cost of all replies" in said
     with pytest.raises(ConfigError, match="--max-usd needs the price"):
         commands.main(command(path, url, tmp_path / "out", "--max-usd", "1"))
 

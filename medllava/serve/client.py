@@ -33,14 +33,16 @@ class Model:
     """A model of a worker.
 
     regions: how it takes regions, see :mod:`medllava.regions`. mpp: micrometres per pixel of its training pictures,
-    None if unknown. image_size: side in pixels of what its encoder sees, None if unknown. Servers of others (vLLM,
-    SGLang) do not say, and are asked with coordinates.
+    None if unknown. image_size: side in pixels of what its encoder sees, None if unknown. single_exchange: it answers
+    each question by itself, with that question's picture. Servers of others (vLLM, SGLang) do not say, and are asked
+    with coordinates.
     """
 
     name: str
     regions: tuple[str, ...] = ("text",)
     mpp: float | None = None
     image_size: int | None = None
+    single_exchange: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ class Worker:
         for name in names:
             facts = told.get(name, {})
             ways = tuple(way for way in facts.get("regions", ()) if way in WAYS)
-            models.append(Model(name, ways or ("text",), facts.get("mpp"), facts.get("image_size")))
+            alone = bool(facts.get("single_exchange"))
+            models.append(Model(name, ways or ("text",), facts.get("mpp"), facts.get("image_size"), alone))
         return tuple(models)
 
     async def _listed(self) -> list[dict[str, Any]]:

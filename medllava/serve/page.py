@@ -208,7 +208,7 @@ def build(
 
     # -- pictures and regions
 
-    def show_picture(session: Session, source: str | Path | Source) -> tuple[Any, ...]:
+    def show_picture(session: Session, source: str | Path | Source, choice: str) -> tuple[Any, ...]:
         if session.answering or session.reading:
             return unchanged(3, "Still answering: wait for it or press Stop, then open another picture.")
         try:
@@ -217,10 +217,16 @@ def build(
             why = str(error).removeprefix("image data URI: ")
             return unchanged(3, f"This picture cannot be opened: {why}")
         session.open(picture)
+        model = crew.model(Choice.parse(choice))
+        if len(session.pictures) == 2 and model and model.single_exchange:
+            gr.Info(
+                f"{model.name} was trained on one question about one picture: it sees the picture that is shown and"
+                " cannot compare it with another."
+            )
         return all_of(session, value=None)
 
-    def open_file(session: Session, event: gr.EventData) -> tuple[Any, ...]:
-        return show_picture(session, str(event.uri))
+    def open_file(session: Session, choice: str, event: gr.EventData) -> tuple[Any, ...]:
+        return show_picture(session, str(event.uri), choice)
 
     offered = "Choose one below." if slides else "Ask the operator to start this page with --slides FOLDER."
 
@@ -230,17 +236,17 @@ def build(
     def whole_slide() -> None:
         unchanged(0, f"Whole slides are not sent through the browser; they are read where they lie. {offered}")
 
-    def open_slide(session: Session, event: gr.EventData) -> tuple[Any, ...]:
+    def open_slide(session: Session, choice: str, event: gr.EventData) -> tuple[Any, ...]:
         number = int(event.number)
         if not 0 <= number < len(slides):
             return unchanged(3, f"There are {len(slides)} slides.")
-        return show_picture(session, slides[number])
+        return show_picture(session, slides[number], choice)
 
-    def open_example(session: Session, event: gr.EventData) -> tuple[Any, ...]:
+    def open_example(session: Session, choice: str, event: gr.EventData) -> tuple[Any, ...]:
         number = int(event.number)
         if not 0 <= number < len(examples):
             return unchanged(3, f"There are {len(examples)} examples.")
-        return show_picture(session, examples[number])
+        return show_picture(session, examples[number], choice)
 
     def choose_picture(session: Session, event: gr.EventData) -> tuple[Any, ...]:
         try:
@@ -482,12 +488,12 @@ def build(
             event(handler, [session, head], told, concurrency_limit=None, **private)
             for event, handler in [(chat.retry, retry), (chat.edit, edit)]
         ]
-        viewer.opened(open_file, session, opened, **private)
+        viewer.opened(open_file, [session, head], opened, **private)
         viewer.too_large(too_large, None, None, **private)
         viewer.whole_slide(whole_slide, None, None, **private)
-        strip.picked(open_example, session, opened, **private)
+        strip.picked(open_example, [session, head], opened, **private)
         if slides:
-            shelf.picked(open_slide, session, opened, **private)
+            shelf.picked(open_slide, [session, head], opened, **private)
         tray.shown(choose_picture, session, opened, **private)
         tray.loaded(load_regions, session, [viewer, tray], **private)
         tray.refused(regions_too_large, None, None, **private)

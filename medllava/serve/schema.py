@@ -286,5 +286,9 @@ def model_entry(name: str, manifest: Manifest, created: int) -> dict[str, Any]:
 
 def facts(manifest: Manifest) -> dict[str, Any]:
     """mpp: micrometres per pixel of the training pictures or None. regions: how it takes regions, see
-    :mod:`medllava.regions`. image_size: side in pixels of what its encoder sees."""
-    return {"mpp": manifest.training_mpp, "regions": list(manifest.regions), "image_size": manifest.image_size}
+    :mod:`medllava.regions`. image_size: side in pixels of what its encoder sees. single_exchange: it answers each
+    question by itself, with that question's picture."""
+    return {
+        "mpp": manifest.training_mpp, "regions": list(manifest.regions), "image_size": manifest.image_size,
+        "single_exchange": manifest.single_exchange,
+    }

@@ -127,7 +127,7 @@ class ScriptedAnswerer:
     pause_s: float = PAUSE_S
     """Between two words."""
     manifest: Any = field(default_factory=lambda: SimpleNamespace(
-        base=None, chat_format="medllava", regions=("text",), training_mpp=0.5, image_size=96
+        base=None, chat_format="medllava", regions=("text",), training_mpp=0.5, image_size=96, single_exchange=False
     ))
     asked: list[tuple[list[Image.Image], list[Turn], dict[str, Any]]] = field(default_factory=list)
     stopped_at: list[float] = field(default_factory=list)

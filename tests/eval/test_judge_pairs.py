@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -226,7 +226,7 @@ def test_dry_run_and_a_limit(judge: tuple[str, Any], tmp_path: Path, capsys: pyt
     assert commands.main(command(path, url, tmp_path / "out", *price)) == 0
     assert set(http.seen.values()) == {1}
     said = capsys.readouterr().out
-    assert re.search(r"^\d+ calls to make \([1-9]\d* are kept already\)", said) and "cost of all replies" in said
+    assert re.search(r"^\d+ calls to make \([1-9]\d* are kept already\)", said, re.MULTILINE) and "cost of all replies" in said
     with pytest.raises(ConfigError, match="--max-usd needs the price"):
         commands.main(command(path, url, tmp_path / "out", "--max-usd", "1"))
 

@@ -125,7 +125,8 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 
 def compare(first: Sequence[Row], second: Sequence[Row], *, seed: int = 0) -> dict[str, Paired]:
-    """Every metric that both have, on real pictures, question by question."""
+    """Every metric that both have, on real pictures, question by question. Questions are the same if their ids, their
+    words and their references are: a number alone may mean another question in another file."""
     from medllava.eval.metrics import estimate, stratum
     from medllava.eval.vqa import METRICS
 
@@ -135,7 +136,7 @@ def compare(first: Sequence[Row], second: Sequence[Row], *, seed: int = 0) -> di
     for name in METRICS:
         one = {key: row.scores[name] for key, row in before.items() if row.scores and name in row.scores}
         two = {key: row.scores[name] for key, row in after.items() if row.scores and name in row.scores}
-        both = [key for key in two if key in one]
+        both = [key for key in two if key in one and _same(before[key].question, after[key].question)]
         if not one or not two:
             continue
         differences = [two[key] - one[key] for key in both]
@@ -147,6 +148,10 @@ def compare(first: Sequence[Row], second: Sequence[Row], *, seed: int = 0) -> di
             sign_flip(differences, groups, strata, seed=seed), len(one) - len(both), len(two) - len(both),
         )
     return found
+
+
+def _same(one: Question, other: Question) -> bool:
+    return (one.question.split(), one.answer.split()) == (other.question.split(), other.answer.split())
 
 
 def sign_flip(
@@ -271,7 +276,7 @@ def disagreements(runs: Sequence[Run]) -> list[Disagreement]:
     real = [{row.question.id: row for row in run.rows if row.condition == "real" and row.scores} for run in runs]
     found = []
     for name, first in real[0].items():
-        rows = [by_id[name] for by_id in real if name in by_id]
+        rows = [by_id[name] for by_id in real if name in by_id and _same(first.question, by_id[name].question)]
         outcomes = [outcome(row) for row in rows]
         if len(rows) < len(runs) or len({each == "right" for each in outcomes}) < 2:
             continue

@@ -433,7 +433,8 @@ def _notes(
     told = {name: found for name, found in gains.items() if found.value is not None}
     if told and all(_blind(found) for found in told.values()):
         amounts = "; ".join(f"{name} {_amount(found)}" for name, found in told.items())
-        notes.append(f"On every metric {BLIND}. Visual gain: {amounts}.")
+        count = sum(found.n for found in told.values())
+        notes.append(f"On every metric {BLIND}, as far as {count} questions can tell. Visual gain: {amounts}.")
         told = {}
     seen = {name: found for name, found in told.items() if found.low is not None and found.low > 0}
     if seen:

@@ -14,7 +14,7 @@ from medllava.eval.compare import sign_flip
 from medllava.eval.latex import escape
 from medllava.eval.records import Answer, Question
 from medllava.geometry import Box
-from medllava.jsonl import write_records
+from medllava.jsonl import read_records, write_records
 
 
 def run_of(folder: Path, right: list[bool], first: int = 0) -> Path:
@@ -89,6 +89,24 @@ def test_only_shared_questions_are_compared_and_the_rest_is_told(
         commands.main(["compare", str(base), str(far)])
     with pytest.raises(ConfigError, match="two runs"):
         commands.main(["compare", str(base)])
+
+
+def test_a_number_that_means_another_question_is_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files without ids of their own number their questions; two benchmarks then have the same ids."""
+    folders = [run_of(tmp_path / name, [True] * 6) for name in ("a", "b")]
+    asked = list(read_records(folders[1] / "questions.jsonl", Question))
+    other = [asked[0].model_copy(update={"question": "Is  it?\n"}), asked[1].model_copy(update={"answer": "no"})]
+    other += [question.model_copy(update={"question": "Is that?"}) for question in asked[2:4]]
+    write_records(folders[1] / "questions.jsonl", [*other, *asked[4:]])
+    assert commands.main(["compare", *map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    paired = json.loads((tmp_path / "out" / "compare.json").read_text())["paired"]["b"]["closed_accuracy"]
+    assert (paired["n"], paired["only_first"], paired["only_second"]) == (3, 3, 3)
+    assert "3 questions only in a, 3 only in b" in capsys.readouterr().out
+    write_records(folders[1] / "questions.jsonl", [q.model_copy(update={"question": "Else?"}) for q in asked])
+    with pytest.raises(DataError, match="no scored question in common"):
+        commands.main(["compare", *map(str, folders)])
 
 
 def test_the_permutation_test_holds_its_level_and_sees_groups() -> None:

@@ -226,7 +226,8 @@ def test_dry_run_and_a_limit(judge: tuple[str, Any], tmp_path: Path, capsys: pyt
     assert commands.main(command(path, url, tmp_path / "out", *price)) == 0
     assert set(http.seen.values()) == {1}
     said = capsys.readouterr().out
-    assert re.search(r"^\d+ calls to make \([1-9]\d* are kept already\)", said, re.MULTILINE) and "cost of all replies" in said
+    assert re.search(r"^\d+ calls to make \([1-9]\d* are kept already\)", said, re.MULTILINE)
+    assert "cost of all replies" in said
     with pytest.raises(ConfigError, match="--max-usd needs the price"):
         commands.main(command(path, url, tmp_path / "out", "--max-usd", "1"))
 

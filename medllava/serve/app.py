@@ -372,7 +372,9 @@ def check_key(headers: Mapping[str, str], api_keys: Sequence[str]) -> None:
     """Raises Refused unless the request carries one of the keys, or none is asked for."""
     if not api_keys:
         return
-    given = headers.get("authorization", "").removeprefix("Bearer ")
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":  # in capitals or not, as HTTP has it
+        given = ""
     # All keys, as digests: neither the length of a key nor which one it is shows in the time that this takes.
     if sum(secrets.compare_digest(_digest(given), _digest(key)) for key in api_keys) == 0:
         raise Refused(401, "invalid_api_key", "this worker needs an API key: send 'Authorization: Bearer KEY'")

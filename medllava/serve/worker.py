@@ -133,8 +133,21 @@ def load_fault(error: Exception, path: Path) -> Exception:
     return error
 
 
+def check_limits(options: argparse.Namespace) -> None:
+    """Raises ConfigError where a limit lets nothing through."""
+    for name, least in (
+        ("max_batch", 1), ("max_new_tokens", 1), ("max_waiting", 0), ("max_images", 0), ("drain_s", 0),
+    ):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected {least} or more")
+    for name in ("max_image_mb", "max_request_mb", "max_wait_s"):
+        if not getattr(options, name) > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name):g}: expected more than 0")
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
+    check_limits(options)
     try:
         import uvicorn
 

@@ -11,8 +11,10 @@ import pytest
 from openai.types.chat.chat_completion_content_part_image_param import ImageURL
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 
+from medllava.errors import ConfigError
 from medllava.images import load_image, to_data_uri
 from medllava.serve.schema import ChatRequest
+from medllava.serve.worker import main
 
 ASKED: list[Any] = [{"role": "user", "content": "Where is the gland?"}]
 
@@ -52,6 +54,20 @@ def test_values_that_change_nothing(client: openai.OpenAI, worker: Any) -> None:
     }
     assert client.chat.completions.create(model="scripted", messages=ASKED, **nothing).choices
     assert worker.answerer.asked[-1][2]["top_p"] == 0
+
+
+@pytest.mark.parametrize(
+    ("header", "status"), [("Bearer key", 200), ("bearer key", 200), ("Basic key", 401), ("key", 401), ("Bearer", 401)]
+)
+def test_how_a_key_is_sent(start_worker: Any, header: str, status: int) -> None:
+    url = f"{start_worker(api_keys=('key',)).url}/v1/models"
+    assert httpx.get(url, headers={"Authorization": header}).status_code == status
+
+
+@pytest.mark.parametrize("flags", ["--max-batch 0", "--max-waiting -1", "--max-new-tokens 0", "--max-request-mb 0"])
+def test_a_limit_that_lets_nothing_through(flags: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flags}: expected"):
+        main(["--model-path", "m", *flags.split()])
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,11 @@ while [ ! -s "$out/judge_url.txt" ]; do sleep 0.1; done
 $eval judge --mode pair --answers "$out/quilt_gpt/answers.jsonl" --base-url "$(cat "$out/judge_url.txt")" --model judge \
   --price 2.5 10 --max-usd 1 --out "$out/judged" 2> "$out/log.txt"
 
-$python tests/eval/make_encoder_samples.py "$out/encoders"
+$python tests/eval/make_encoder_samples.py "$out/encoders" > "$out/log.txt" 2>&1
 for data in "$out"/encoders/data/*/; do
   name=$(basename "$data")
   $eval encoder --model-path "${ENCODER:-$out/encoders/clip}" --benchmark "$name" --images "$data" \
-    --out "$out/encoders/encoder_$name.json" 2> "$out/log.txt" | sed -n '1p' || { cat "$out/log.txt" >&2; exit 1; }
+    --out "$out/encoders/$name.json" 2> "$out/log.txt" | sed -n '1p' || { cat "$out/log.txt" >&2; exit 1; }
 done
 
 $eval overview "$out" --out "$out"

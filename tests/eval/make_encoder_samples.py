@@ -25,9 +25,9 @@ def picture(path: Path, number: int) -> None:
     Image.new("RGB", (24, 24), (40 * number % 256, rng.randrange(256), 120)).save(path)
 
 
-def fill(root: Path, folders: list[str], suffix: str = ".png") -> None:
+def fill(root: Path, folders: list[str], suffix: str = ".png", count: int = EACH) -> None:
     for number, folder in enumerate(folders):
-        for each in range(EACH):
+        for each in range(count):
             picture(root / folder / f"{Path(folder).name}-{each}{suffix}", number)
 
 
@@ -41,8 +41,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def lc25000(root: Path) -> None:
     base = "lung_colon_image_set"
-    fill(root, [f"{base}/colon_image_sets/colon_{name}" for name in ("aca", "n")], ".jpeg")
-    fill(root, [f"{base}/lung_image_sets/lung_{name}" for name in ("aca", "n", "scc")], ".jpeg")
+    # There is no split: enough that every class has some left to learn from.
+    fill(root, [f"{base}/colon_image_sets/colon_{name}" for name in ("aca", "n")], ".jpeg", 4 * EACH)
+    fill(root, [f"{base}/lung_image_sets/lung_{name}" for name in ("aca", "n", "scc")], ".jpeg", 4 * EACH)
 
 
 def pcam(root: Path) -> None:

@@ -120,8 +120,10 @@ def _noise(stack: Sequence[Plane], floor: float) -> Plane:
     steps = [np.asarray(cv2.absdiff(a, b), np.uint8) for a, b in zip(stack, stack[1:], strict=False)]
     # A low rank: where a cursor goes round and round, most neighbouring samples differ by more than noise.
     usual = pixel_ranks(steps, [int(NOISE_RANK * len(steps))])[0].astype(np.float32)
-    usual = np.maximum(usual, cv2.blur(usual, (5, 5)))
-    return np.asarray(np.minimum(NOISE_FACTOR * usual + floor, 40), np.uint8)
+    np.maximum(usual, cv2.blur(usual, (5, 5)), out=usual)
+    usual *= NOISE_FACTOR
+    usual += floor
+    return np.minimum(usual, 40, out=usual).astype(np.uint8)
 
 
 def steadied(frames: Sequence[Frame]) -> list[Frame]:

@@ -121,8 +121,12 @@ class _Look:
         return block_mean(self.luma * self.luma) - self.mean**2
 
     @cached_property
+    def textured(self) -> npt.NDArray[np.bool_]:
+        return self.variance > FLAT
+
+    @cached_property
     def gradients(self) -> tuple[Array, ...]:
-        """Along x and y; their block means; their block covariances xx, yy, xy."""
+        """Along x and y; their block means; their block covariances xx, yy, xy and the determinant of these."""
         gx = cv2.Sobel(self.luma, cv2.CV_32F, 1, 0, scale=1 / 8)
         gy = cv2.Sobel(self.luma, cv2.CV_32F, 0, 1, scale=1 / 8)
         # Gradients without their block mean: a change of brightness then cannot look like a displacement.
@@ -130,7 +134,8 @@ class _Look:
         ridge = 0.2
         xx = block_mean(gx**2) - gx_mean**2 + ridge
         yy = block_mean(gy**2) - gy_mean**2 + ridge
-        return gx, gy, gx_mean, gy_mean, xx, yy, block_mean(gx * gy) - gx_mean * gy_mean
+        xy = block_mean(gx * gy) - gx_mean * gy_mean
+        return gx, gy, gx_mean, gy_mean, xx, yy, xy, xx * yy - xy**2
 
 
 class _Anchor:
@@ -148,32 +153,33 @@ class _Anchor:
             self._restless += 0.1 * ((difference > 3 * QUIET) - self._restless)
             return True
         look, mean = self._look, other.mean
-        voters = ((look.variance > FLAT) | (other.variance > FLAT)) & (self._restless < 0.5)
-        if voters.sum() < 4:
+        voters = (look.textured | other.textured) & (self._restless < 0.5)
+        if np.count_nonzero(voters) < 4:
             return _median(np.abs((mean - look.mean) - _median(mean - look.mean))) <= 2
         covariance = block_mean(look.luma * other.luma) - mean * look.mean
         correlation = covariance / np.sqrt(np.maximum(other.variance * look.variance, 0) + FLAT)
         if _median(correlation[voters]) < SAME:
             return False
-        moved = self._displacement(other, voters & (look.variance > FLAT))
+        moved = self._displacement(other, voters & look.textured)
         self._restless += 0.1 * ((correlation < SAME) - self._restless)
         return moved <= DRIFT
 
     def _displacement(self, other: _Look, voters: npt.NDArray[np.bool_]) -> float:
         """Largest displacement (pixels) of a quadrant, by one Lucas-Kanade step in each block."""
-        gx, gy, gx_mean, gy_mean, xx, yy, xy = self._look.gradients
+        gx, gy, gx_mean, gy_mean, xx, yy, xy, determinant = self._look.gradients
         change = other.luma - self._look.luma
         change_mean = other.mean - self._look.mean
         xd = block_mean(gx * change) - gx_mean * change_mean
         yd = block_mean(gy * change) - gy_mean * change_mean
-        determinant = xx * yy - xy**2
         dx = (xy * yd - yy * xd) / determinant
         dy = (xy * xd - xx * yd) / determinant
         rows, columns = voters.shape
+        fewest = max(4, 0.1 * np.count_nonzero(voters))
         largest = 0.0
         for top in (0, rows // 2):
             for left in (0, columns // 2):
                 part = np.s_[top : top + (rows + 1) // 2, left : left + (columns + 1) // 2]
-                if voters[part].sum() >= max(4, 0.1 * voters.sum()):
-                    largest = max(largest, hypot(_median(dx[part][voters[part]]), _median(dy[part][voters[part]])))
+                chosen = voters[part]
+                if np.count_nonzero(chosen) >= fewest:
+                    largest = max(largest, hypot(_median(dx[part][chosen]), _median(dy[part][chosen])))
         return largest

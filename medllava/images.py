@@ -61,7 +61,10 @@ def load_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> I
     except UnidentifiedImageError as error:
         raise DataError(f"{name}: not an image in a known format") from error
     except Image.DecompressionBombError as error:
-        raise ImageTooLarge(f"{name}: {error}") from error
+        # Pillow's own limit, whose words speak of an attack.
+        raise ImageTooLarge(
+            f"{name}: far more pixels than the limit of {max_pixels:,}; cut a region of interest out of it first"
+        ) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{name}: the image is damaged ({error})") from error
 

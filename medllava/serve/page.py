@@ -17,7 +17,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from medllava.errors import DataError, ServiceError
+from medllava.errors import DataError, ImageTooLarge, ServiceError
 from medllava.geometry import parse_boxes
 from medllava.images import draw_boxes, load_image, to_data_uri
 from medllava.jsonl import Appender
@@ -215,7 +215,8 @@ def build(
             picture = open_picture(source) if isinstance(source, str | Path) else source
         except DataError as error:
             why = str(error).removeprefix("image data URI: ")
-            return unchanged(3, f"This picture cannot be opened: {why}")
+            hint = f". Of a slide: {offered}" if isinstance(error, ImageTooLarge) else ""
+            return unchanged(3, f"This picture cannot be opened: {why}{hint}")
         session.open(picture)
         model = crew.model(Choice.parse(choice))
         if len(session.pictures) == 2 and model and model.single_exchange:

@@ -366,6 +366,11 @@ def test_a_slide_file_is_not_uploaded(
     tab.set_input_files("#viewer input[type=file]", tmp_path / "scan.svs")
     expect(tab.get_by_text("Whole slides are not sent through the browser")).to_be_visible()
     expect(tab.get_by_text("--slides FOLDER")).to_be_visible()
+    # One with the name of a photograph is told by its pixels, in words of this field.
+    tab.set_input_files("#viewer input[type=file]", gigapixel.path)
+    told = tab.get_by_text("This picture cannot be opened: far more pixels than the limit of 100,000,000")
+    expect(told).to_contain_text("Of a slide: Ask the operator to start this page with --slides FOLDER.")
+    expect(told).not_to_contain_text("attack")
 
 
 def test_tiles_by_number_only(worker: Any, serve_page: Serve, slides: list[ShownSlide]) -> None:

@@ -53,11 +53,8 @@ class Request:
 
     def key(self) -> str:
         """SHA-256 of everything that changes the reply: the name under which the reply is kept."""
-        parts = {
-            "messages": self.messages, "model": self.model,
-            "sampling": self.sampling.model_dump(mode="json", exclude_none=True),
-        }
-        text = f'{_encode_sorted(parts)[:-1]}, "schema": {_encoded_schema(self.schema)}}}'  # One object, keys in order.
+        own, sampling = _encode_sorted({"messages": self.messages, "model": self.model}), _encoded(self.sampling)
+        text = f'{own[:-1]}, "sampling": {sampling}, "schema": {_encoded(self.schema)}}}'  # One object, keys in order.
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -81,17 +78,19 @@ class Reply(BaseModel):
     """Per token its log-probability and those of its likeliest alternatives by their text, where the endpoint tells."""
 
 
-_encoded: dict[int, tuple[Any, str]] = {}
+_shared: dict[int, tuple[Any, str]] = {}
 
 
-def _encoded_schema(schema: dict[str, Any] | None) -> str:
-    """A schema as JSON. Hundreds of thousands of requests share a few schemas, the same objects: those are kept."""
-    kept, text = _encoded.get(id(schema), (None, "null"))
-    if kept is not schema:
-        if len(_encoded) >= 64:
-            _encoded.clear()
-        text = _encode_sorted(schema)
-        _encoded[id(schema)] = (schema, text)  # While it is held, no other object has its id.
+def _encoded(value: dict[str, Any] | Sampling | None) -> str:
+    """``value`` as JSON. Hundreds of thousands of requests share a few, the same objects: those are kept."""
+    kept, text = _shared.get(id(value), (None, "null"))
+    if kept is not value:
+        if len(_shared) >= 64:
+            _shared.clear()
+        text = _encode_sorted(
+            value.model_dump(mode="json", exclude_none=True) if isinstance(value, Sampling) else value
+        )
+        _shared[id(value)] = (value, text)  # While it is held, no other object has its id.
     return text
 
 

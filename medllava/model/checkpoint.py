@@ -250,7 +250,7 @@ def save_projector(
     def write(folder: Path) -> None:
         _write_projector(folder, model, tower)
 
-    facts |= {"base": base_reference(base, path), "revision": _revision(base), "tower_trained": bool(tower)}
+    facts |= _standing_on(base, path) | {"tower_trained": bool(tower)}
     _save(path, write, processor, kind="projector", chat_format=chat_format, **facts)
 
 
@@ -269,7 +269,7 @@ def save_lora(
         (folder / "README.md").unlink(missing_ok=True)
         _write_projector(folder, model.get_base_model(), tower)
 
-    facts |= {"base": base_reference(base, path), "revision": _revision(base), "tower_trained": bool(tower)}
+    facts |= _standing_on(base, path) | {"tower_trained": bool(tower)}
     _save(path, write, processor, kind="lora", chat_format=chat_format, **facts)
 
 
@@ -283,9 +283,26 @@ def base_reference(base: str | Path, folder: Path) -> str:
     return relative if relative.startswith(".") else f"./{relative}"
 
 
-def _revision(base: str | Path) -> str | None:
+def _standing_on(base: str | Path, folder: Path) -> dict[str, Any]:
+    """What a manifest in ``folder`` says of its base."""
     found = hub_id(Path(base))
-    return found[1] if found else None
+    return {
+        "base": base_reference(base, folder), "revision": found[1] if found else None,
+        "tower_mark": _tower_mark(Path(base)),
+    }
+
+
+def _tower_mark(base: Path) -> tuple[float, ...]:
+    """Eight weights of the first layer of a full folder's vision tower; none where they cannot be read from here."""
+    from safetensors import safe_open
+
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if "vision_tower." in name and "patch_embed" in name and name.endswith(".weight"):
+                    values = file.get_tensor(name).flatten().float()
+                    return tuple(round(float(value), 6) for value in values[:: max(1, len(values) // 8)][:8])
+    return ()
 
 
 def resolve_base(folder: Path, manifest: Manifest) -> str | Path:
@@ -653,6 +670,13 @@ def _check_parts(folder: Path, manifest: Manifest, base: str | Path) -> None:
             f" {weight}, model {own['linear_1.weight']}): it belongs to another base"
         )
     refuse(str(folder / PROJECTOR_FILE), misfits(own, projector))
+    mark = _tower_mark(base) if isinstance(base, Path) else ()
+    # Less exact than any number format that a base may be copied into.
+    if any(abs(one - other) > 0.02 * abs(one) + 1e-4 for one, other in zip(manifest.tower_mark, mark, strict=False)):
+        raise CheckpointError(
+            f"{folder}: was trained on another vision tower than that of {base}, so that its projector means nothing"
+            " there; name the base that it was trained on, or train a projector for this one"
+        )
     if manifest.tower_trained:
         tower = read_shapes(folder / TOWER_FILE)
         every = _shapes(model.model.vision_tower.state_dict())

@@ -43,6 +43,7 @@ class Manifest(BaseModel):
     quantized: what the language model of the base was quantized to while the rest was trained; it can be loaded on the
         base as it is, or quantized.
     tower_trained: a projector or LoRA folder that also holds layers of the vision tower.
+    tower_mark: a few weights of the base's vision tower, by which another one of the same shape is told.
     data_sha256, recipe, versions: what the weights were made from. figures: step, losses and the like when they were
         written, where known.
     """
@@ -61,6 +62,7 @@ class Manifest(BaseModel):
     box_format: str = "[x1, y1, x2, y2], 0..1 of the original image"
     quantized: Literal["nf4", "int8"] | None = None
     tower_trained: bool = False
+    tower_mark: tuple[float, ...] = ()
     data_sha256: str | None = None
     recipe: dict[str, Any] = {}
     versions: dict[str, str] = {}

@@ -17,6 +17,7 @@ from medllava.model import checkpoint
 from medllava.model.__main__ import main
 from medllava.model.answerer import Answerer
 from medllava.model.manifest import Manifest, read_manifest
+from medllava.model.tiny import tiny_checkpoint
 
 IMAGES = [Image.effect_noise((60 + 30 * number, 96), 80).convert("RGB") for number in range(5)]
 PROMPTS = ["Where is the gland?", "How many findings?", "What is here?", "Is there necrosis?", "Box."]
@@ -208,3 +209,12 @@ def test_commands(tiny: Path, lora: Path, tmp_path: Path, capsys: pytest.Capture
         main(["merge", str(lora), str(tiny)])
     with pytest.raises(CheckpointError, match="expected an original LLaVA folder"):
         main(["convert", str(tmp_path), str(tmp_path / "out")])
+
+
+def test_another_tower_of_the_same_shape_is_refused(tiny: Path, lora: Path, tmp_path: Path) -> None:
+    other = tiny_checkpoint(tmp_path / "other", seed=7)
+    with pytest.raises(CheckpointError, match="was trained on another vision tower than that of .*other"):
+        checkpoint.load(lora, device="cpu", base=other)
+    half = checkpoint.load(tiny, device="cpu", dtype="float16")
+    checkpoint.save_full(tmp_path / "half", half.model, half.processor, chat_format="medllava")
+    assert checkpoint.load(lora, device="cpu", base=tmp_path / "half").manifest.kind == "lora"

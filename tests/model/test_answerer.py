@@ -4,6 +4,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +14,10 @@ from medllava.errors import DataError
 from medllava.model.answerer import Answerer
 from medllava.model.decoding import Reply
 
-PICTURES = [Image.effect_noise((50 + 25 * number, 90), 70).convert("RGB") for number in range(8)]
+PICTURES = [
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (90, 50 + 25 * number, 3), dtype=np.uint8))
+    for number in range(8)
+]
 
 
 def ask(text: str) -> list[Turn]:

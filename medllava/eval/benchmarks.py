@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).resolve().parents[2] / "eval"
 """Where a checkout keeps benchmark definitions and judge prompts."""
 
+MOST_TOLD = 5
+"""Faults told one by one."""
+
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 """All of them; a rotation is asked only where a question has so many lettered options."""
 
@@ -100,7 +103,8 @@ class Benchmark(Recipe):
 @dataclass(frozen=True)
 class QuestionSet:
     """The questions of a benchmark's data. ``skipped``: ids of rows of unknown ``answer_type``, which the original
-    evaluation skips too; ``layout`` and ``told`` say what was read; ``folder`` is where picture names start from."""
+    evaluation skips too; ``layout`` and ``told`` say what was read, and what of it was no question; ``folder`` is where
+    picture names start from."""
 
     questions: list[Question]
     skipped: set[str]
@@ -160,19 +164,25 @@ def read_question_set(
 ) -> QuestionSet:
     """The questions that ``path`` holds, read as ``benchmark`` says.
 
-    Raises DataError naming file and row for an unreadable row, a repeated id, or where nothing is left.
+    A row that is no question is told, counted and left out. Raises DataError naming file and row where the file cannot
+    be read, for a repeated id, or where nothing is left.
     """
     reading = benchmark.reading(pictures) if benchmark else Reading(pictures=pictures)
     table = read_table(path, split or (benchmark.split if benchmark else None))
     joined = _joined(path, benchmark.join if benchmark else ())
     questions: list[Question] = []
     skipped: set[str] = set()
+    faults: list[str] = []
     places: dict[str, str] = {}
     for number, (where, row) in enumerate(table.rows):
         if not reading.keeps(row):
             continue
         more = joined.get(str(row.get("question_id", row.get("id"))), {})
-        found = to_questions({**row, **more}, where, number, reading)
+        try:
+            found = to_questions({**row, **more}, where, number, reading)
+        except DataError as error:
+            faults.append(str(error))
+            continue
         if found is None:
             skipped.add(str(row.get("id", number)))
             continue
@@ -187,8 +197,13 @@ def read_question_set(
     if skipped:
         log.warning("%s: %d rows of unknown answer_type were skipped", path, len(skipped))
     if not questions:
-        raise DataError(f"{path}: holds no questions")
+        raise DataError(faults[0] if faults else f"{path}: holds no questions")
+    for fault in faults[:MOST_TOLD]:
+        log.warning("left out: %s", fault)
     told = _told(len(questions), table.layout, benchmark)
+    if faults:
+        rows = "1 row is no question and was" if len(faults) == 1 else f"{len(faults):,} rows are no questions and were"
+        told += f"; {rows} left out (the first: {faults[0]})"
     return QuestionSet(questions, skipped, table.layout, told, table.folder)
 
 

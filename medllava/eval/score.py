@@ -123,7 +123,7 @@ def score_files(
     origin.setdefault("model", ", ".join(sorted({answer.model for answer in given})))
     report = summarise(rows, origin, seed=seed)
     told = str(made.get("data", ""))
-    if "published set" in told:
+    if "published set" in told or "left out" in told:
         report = report.model_copy(update={"notes": (*report.notes, f"Data: {told}.")})
     if made.get("questions_sha256", origin["questions_sha256"]) != origin["questions_sha256"]:
         note = "The answers were given to another version of the question file than the one they are scored with."

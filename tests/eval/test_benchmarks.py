@@ -25,7 +25,7 @@ from medllava.eval.questions import Reading, to_questions
 from medllava.eval.records import Question
 from medllava.eval.rotation import applies, as_asked
 from medllava.eval.score import score_files
-from medllava.jsonl import write_records
+from medllava.jsonl import write_json, write_records
 
 Ask = Callable[[Sequence[Asked]], list[Reply]]
 
@@ -215,6 +215,22 @@ def test_a_bad_question_file_is_told_in_one_line(text: str, told: str, tmp_path:
     with pytest.raises(DataError, match=told) as caught:
         read_question_set(tmp_path / "q.json")
     assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_is_no_question_is_told_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"id": number, "question": "?", "answer": "a"} for number in (1, 2, 3)]
+    del rows[1]["answer"]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    found = read_question_set(tmp_path / "q.json")
+    assert [question.id for question in found.questions] == ["1", "3"]
+    assert "2 questions read from json; 1 row is no question and was left out (the first: " in found.told
+    assert "row 1: unknown schema" in found.told and "row 1: unknown schema" in caplog.text
+    # The report says so.
+    answers = [{"question_id": one, "text": "a", "model": "m"} for one in ("1", "3")]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in answers))
+    write_json(tmp_path / "run.json", {"data": found.told})
+    report, _ = score_files(tmp_path / "answers.jsonl", tmp_path / "q.json")
+    assert any("1 row is no question and was left out" in note for note in report.notes)
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def _measure(folder: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
     )
     rows += _long(folder, (sorted(phantoms.glob("*.mp4")) if given.quick else [phantom])[0], given.quick)
     for number, (material, files) in enumerate(materials.items()):
-        ours, decoding = _against_decoding(files, folder / f"cost{number}", rounds=1 if given.quick else 3)
+        ours, decoding = _against_decoding(files, folder / f"cost{number}", rounds=1 if given.quick else 7)
         for figure, most in ((f"cost over decoding: {material}", None), ("narrate.cost_over_decode", 1.3)):
             if most is None or material == headline:
                 rows.append(

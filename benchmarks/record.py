@@ -10,10 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from medllava.jsonl import write_json
 
@@ -23,7 +27,8 @@ PACKAGES = ("medllava", "torch", "transformers", "numpy", "av", "opencv-python-h
 
 @dataclass(frozen=True)
 class Cost:
-    """Wall and CPU seconds of a process with its children, and the peak of its own memory in MiB."""
+    """Wall and CPU seconds of a process with its children, and the peak of the memory that they hold together, in
+    MiB."""
 
     wall_s: float
     cpu_s: float
@@ -88,7 +93,8 @@ def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
 
 
 def cost_of(command: Sequence[object], *, environment: dict[str, str] | None = None, quiet: bool = False) -> Cost:
-    """What a Python command costs. Its memory is its own high-water mark, not that of the process that started it."""
+    """What a Python command costs. Its memory is its own high-water mark, not that of the process that started it, or
+    what it and its children were seen to hold, pages that they share counted once, if that is more."""
     told = subprocess.DEVNULL if quiet else None
     began = time.perf_counter()
     process = subprocess.Popen(
@@ -96,13 +102,31 @@ def cost_of(command: Sequence[object], *, environment: dict[str, str] | None = N
         stderr=subprocess.PIPE, text=True,
     )
     assert process.stderr is not None
-    said = process.stderr.read()
+    with ThreadPoolExecutor(1) as thread:
+        held = thread.submit(_most_held_mib, process.pid)
+        said = process.stderr.read()
+        together_mib = held.result()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{said[-2000:]}")
     peak = next(line for line in reversed(said.splitlines()) if line.startswith("VmHWM"))
-    return Cost(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, int(peak.split()[1]) / 1024)
+    peak_mib = max(int(peak.split()[1]) / 1024, together_mib)
+    return Cost(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, peak_mib)
+
+
+def _most_held_mib(pid: int, every_s: float = 0.5) -> float:
+    """The most memory that a process with its children held at any look; ends when the process does."""
+    most, process = 0, psutil.Process(pid)
+    with suppress(psutil.NoSuchProcess):
+        while process.status() != psutil.STATUS_ZOMBIE:
+            held = 0
+            for each in (process, *process.children(recursive=True)):
+                with suppress(psutil.Error):
+                    held += each.memory_full_info().pss
+            most = max(most, held)
+            time.sleep(every_s)
+    return most / 2**20
 
 
 def paired(one: Callable[[], float], other: Callable[[], float], rounds: int = 3) -> tuple[float, float]:

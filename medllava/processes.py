@@ -7,7 +7,8 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _SET_PARENT_DEATH_SIGNAL = 1
@@ -36,8 +37,37 @@ def begin_worker(parent: int, start: bytes) -> None:
 
 
 @contextmanager
-def holding_interrupts() -> Iterator[None]:
-    """Hear of Ctrl-C only after the block; processes that are started in it never do, and leave it to their parent."""
+def holding_interrupts() -> Iterator[Callable[[], None]]:
+    """Hear of Ctrl-C only where the function that this gives is called, and at the end: one that comes in the middle of
+    a library's work may leave a lock behind that nobody opens again. Works in the main thread only, whose signals they
+    are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    heard = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal heard
+        heard = True
+
+    before = signal.signal(signal.SIGINT, note)
+
+    def listen() -> None:
+        nonlocal heard
+        if heard and callable(before):
+            heard = False
+            before(signal.SIGINT, None)
+
+    try:
+        yield listen
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    listen()
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes that are started in the block never hear of Ctrl-C, and leave it to their parent."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -30,7 +30,7 @@ from medllava.instruct_gen.records import Dropped
 from medllava.instruct_gen.wording import verdict
 from medllava.jsonl import to_item, to_line
 from medllava.llm.cache import KeptReplies
-from medllava.processes import begin_worker, holding_interrupts, usable_cores
+from medllava.processes import begin_worker, deaf_children, holding_interrupts, usable_cores
 
 MANY = 20_000
 """From so many samples on, which take some ten seconds, processes are worth their start."""
@@ -96,14 +96,15 @@ class Maker:
     def _make_apart(self, tasks: Iterator[Task], processes: int) -> Iterator[tuple[Task, Made | Dropped | None]]:
         begun: deque[tuple[list[Task], Future[list[Made | Dropped | None]]]] = deque()
         start = pickle.dumps(partial(_use, self))
-        with ProcessPoolExecutor(
+        with holding_interrupts() as listen, ProcessPoolExecutor(
             processes, multiprocessing.get_context("spawn"), begin_worker, (os.getpid(), start)
         ) as pool:
             try:
                 while True:
+                    listen()
                     # Enough ahead that nobody waits; memory holds no more, however large the data set is.
                     while len(begun) < 3 * processes and (batch := list(islice(tasks, _BATCH))):
-                        with holding_interrupts():  # It may start a process.
+                        with deaf_children():  # It may start a process.
                             begun.append((batch, pool.submit(_make_batch, batch)))
                     if not begun:
                         return

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -39,6 +40,27 @@ def no_real_time_priority() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def seven_billion() -> Callable[[], Any]:
+    """Makes a model of LLaVA-1.5-7B's shapes, without weights, in float32."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+
+    def make() -> Any:
+        with torch.device("meta"):
+            return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -32,9 +32,6 @@ HELP = "ask a model (a folder or a server) every question, with and without the 
 
 log = logging.getLogger(__name__)
 
-MOST_TOLD = 5
-"""Failures told one by one; all of them are in failed.jsonl."""
-
 _SIMILAR = 32
 """Prompts of one batch differ in length by hardly more characters than this."""
 
@@ -159,6 +156,7 @@ def answer_all(
     """
     from tqdm import tqdm
 
+    from medllava.eval.benchmarks import MOST_TOLD
     from medllava.eval.pictures import Shown
     from medllava.jsonl import Appender, read_records
 

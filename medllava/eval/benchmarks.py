@@ -30,7 +30,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "eval"
 """Where a checkout keeps benchmark definitions and judge prompts."""
 
 MOST_TOLD = 5
-"""Faults told one by one."""
+"""Faults told one by one, of rows as of answers."""
 
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 """All of them; a rotation is asked only where a question has so many lettered options."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pyarrow
@@ -27,21 +25,14 @@ from medllava.eval.rotation import applies, as_asked
 from medllava.eval.score import score_files
 from medllava.jsonl import write_json, write_records
 
+from . import make_samples
+
 Ask = Callable[[Sequence[Asked]], list[Reply]]
-
-
-def module() -> ModuleType:
-    path = Path(__file__).with_name("make_samples.py")
-    spec = importlib.util.spec_from_file_location("make_samples", path)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
 
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    found: dict[str, tuple[Path, Path]] = module().make(tmp_path_factory.mktemp("samples"))
+    found: dict[str, tuple[Path, Path]] = make_samples.make(tmp_path_factory.mktemp("samples"))
     return found
 
 
@@ -120,7 +111,7 @@ def test_hugging_face_layouts_give_the_same_questions(samples: dict[str, tuple[P
     splits = {"train": datasets.Dataset.from_list(rows), "other": datasets.Dataset.from_list(rows[:1])}
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "disk"))
     folder = tmp_path / "folder"
-    module().pictures(folder / "train")
+    make_samples.pictures(folder / "train")
     write_records(folder / "train" / "metadata.jsonl", [
         {"file_name": row["image"], **{key: value for key, value in row.items() if key != "image"}} for row in rows
     ])
@@ -156,7 +147,7 @@ def test_which_set_it_is_is_told(samples: dict[str, tuple[Path, Path]], tmp_path
     benchmark = load_benchmark("quilt_vqa")
     told = read_question_set(samples["quilt_vqa"][0], benchmark).told
     assert "8 questions read from json, which is none of the published sets" in told
-    rows = module().open_and_closed(985)
+    rows = make_samples.open_and_closed(985)
     (tmp_path / "q.json").write_text(json.dumps(rows))
     told = read_question_set(tmp_path / "q.json", benchmark).told
     assert "985 questions" in told and "Hugging Face" in told and "1,283" in told and "not comparable" in told

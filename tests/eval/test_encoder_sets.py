@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,17 +14,8 @@ from medllava.eval import __main__ as commands
 from medllava.eval.benchmarks import known_files
 from medllava.eval.encoder_sets import load_set, read_set
 
+from . import make_encoder_samples as samples
 
-def module() -> ModuleType:
-    path = Path(__file__).with_name("make_encoder_samples.py")
-    spec = importlib.util.spec_from_file_location("make_encoder_samples", path)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
-samples = module()
 LAYOUTS = samples.LAYOUTS
 
 

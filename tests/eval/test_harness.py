@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
@@ -14,14 +12,7 @@ from medllava.errors import ConfigError
 from medllava.eval import __main__ as commands
 from medllava.eval.harness import lmms_prompt, lmms_score, lmms_target
 
-
-def samples() -> ModuleType:
-    path = Path(__file__).with_name("make_samples.py")
-    spec = importlib.util.spec_from_file_location("make_samples", path)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+from . import make_samples
 
 
 def test_answers_are_scored_as_here() -> None:
@@ -43,11 +34,10 @@ def test_lmms_eval_loads_and_runs_a_task(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     from PIL import Image
 
-    made = samples()
-    made.pictures(tmp_path / "images")
+    make_samples.pictures(tmp_path / "images")
     rows = [
         {"image": Image.open(tmp_path / "images" / row["image"]), "question": row["question"], "answer": row["answer"]}
-        for row in made.open_and_closed()
+        for row in make_samples.open_and_closed()
     ]
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "test.parquet"))
     assert commands.main(["harness", "--to", "lmms-eval", "--out", str(tmp_path)]) == 0
@@ -66,7 +56,7 @@ def test_lmms_eval_loads_and_runs_a_task(tmp_path: Path) -> None:
 
 
 def test_vlmevalkit_tables(tmp_path: Path) -> None:
-    made = samples().make(tmp_path / "data")
+    made = make_samples.make(tmp_path / "data")
     for name, kind in (("pmc_vqa", "mcq"), ("quilt_vqa", "vqa")):
         source, images = made[name]
         line = ["harness", "--to", "vlmevalkit", "--benchmark", name, "--questions", str(source)]
@@ -86,7 +76,7 @@ def test_vlmevalkit_tables(tmp_path: Path) -> None:
 def test_vlmevalkit_reads_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an installed VLMEvalKit: its own data set class opens the tables and builds the prompts."""
     dataset = pytest.importorskip("vlmeval.dataset", reason="VLMEvalKit is not installed (it is on no package index)")
-    source, images = samples().make(tmp_path / "data")["pmc_vqa"]
+    source, images = make_samples.make(tmp_path / "data")["pmc_vqa"]
     line = ["harness", "--to", "vlmevalkit", "--benchmark", "pmc_vqa", "--questions", str(source)]
     assert commands.main([*line, "--images", str(images), "--out", str(tmp_path / "LMUData")]) == 0
     monkeypatch.setenv("LMUData", str(tmp_path / "LMUData"))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -12,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,22 +24,12 @@ from medllava.eval.judge_pairs import Pair, length_controlled, read_comparison, 
 from medllava.eval.records import Answer, PairVerdict, Question
 from medllava.jsonl import write_records
 
-
-def _module() -> ModuleType:
-    path = Path(__file__).with_name("judge_server.py")
-    spec = importlib.util.spec_from_file_location("judge_server", path)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
-SERVER = _module()
+from . import judge_server
 
 
 @pytest.fixture
 def judge(tmp_path: Path) -> Iterator[tuple[str, Any]]:
-    http = SERVER.Judge(tmp_path / "answered.txt")
+    http = judge_server.Judge(tmp_path / "answered.txt")
     threading.Thread(target=http.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{http.server_port}/v1", http
     http.shutdown()
@@ -109,11 +97,11 @@ def test_every_fault_is_counted_and_none_is_averaged(judge: tuple[str, Any], tmp
     assert commands.main(command(path, url, tmp_path / "out", "--timeout", "2")) == 0
     report = told(tmp_path / "out")
     assert all(found["value"] is None for found in report["metrics"].values())
-    assert report["metrics"]["win_rate"]["n"] == 60 - len(SERVER.LOST)
-    assert report["metrics"]["win_rate"]["unscored"] == len(SERVER.LOST)
-    assert f"real: {len(SERVER.LOST)} of 60 comparisons could not be read or had" in report["notes"][0]
+    assert report["metrics"]["win_rate"]["n"] == 60 - len(judge_server.LOST)
+    assert report["metrics"]["win_rate"]["unscored"] == len(judge_server.LOST)
+    assert f"real: {len(judge_server.LOST)} of 60 comparisons could not be read or had" in report["notes"][0]
     rows = {row["question_id"]: row for row in map(json.loads, (tmp_path / "out" / "judgements.jsonl").open())}
-    assert {name for name, row in rows.items() if row["points"] is None} == {f"q{n}" for n in SERVER.LOST}
+    assert {name for name, row in rows.items() if row["points"] is None} == {f"q{n}" for n in judge_server.LOST}
     kept = {name: row["raw"][0] for name, row in rows.items()}
     assert (kept["q1"], kept["q2"], kept["q3"]) == ("I would say the first is an 8.", "8 7", "[[7]]")
     assert kept["q4"] == "I cannot grade this."

@@ -3,6 +3,7 @@ answers stay the same behind the hooks that move what passes between them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from medllava.conversation import Turn
 from medllava.errors import CheckpointError
@@ -22,19 +22,6 @@ GIB = 1 << 30
 LAYER = "LlamaDecoderLayer", "CLIPEncoderLayer"
 
 
-def seven_billion() -> Any:
-    """LLaVA-1.5-7B's shapes, without weights."""
-    vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-    )
-    with torch.device("meta"):
-        return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text)).to(torch.bfloat16)
-
-
 def places(model: Any, cards: dict[int | str, int]) -> dict[str, int | str]:
     """What ``device_map="auto"`` comes to on cards of so many bytes."""
     memory = get_balanced_memory(model, max_memory=cards, no_split_module_classes=list(LAYER))
@@ -42,8 +29,10 @@ def places(model: Any, cards: dict[int | str, int]) -> dict[str, int | str]:
     return found
 
 
-def test_on_two_cards_pictures_and_words_are_read_on_the_first_and_no_layer_is_split() -> None:
-    found = places(seven_billion(), {0: 12 * GIB, 1: 12 * GIB})
+def test_on_two_cards_pictures_and_words_are_read_on_the_first_and_no_layer_is_split(
+    seven_billion: Callable[[], Any],
+) -> None:
+    found = places(seven_billion().to(torch.bfloat16), {0: 12 * GIB, 1: 12 * GIB})
     checkpoint.check_spread("big", found)
     assert set(found.values()) == {0, 1}
     first = [name for name, place in found.items() if place == 0]
@@ -55,8 +44,8 @@ def test_on_two_cards_pictures_and_words_are_read_on_the_first_and_no_layer_is_s
     assert sorted(layers, key=int) == [str(number) for number in range(32)]
 
 
-def test_what_does_not_fit_on_the_cards_is_refused() -> None:
-    found = places(seven_billion(), {0: 5 * GIB, 1: 5 * GIB, "cpu": 64 * GIB})
+def test_what_does_not_fit_on_the_cards_is_refused(seven_billion: Callable[[], Any]) -> None:
+    found = places(seven_billion().to(torch.bfloat16), {0: 5 * GIB, 1: 5 * GIB, "cpu": 64 * GIB})
     with pytest.raises(CheckpointError, match=r"big: does not fit on the \d+ cards \(no room for .* --load-4bit"):
         checkpoint.check_spread("big", found)
 

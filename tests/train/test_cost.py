@@ -3,13 +3,13 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from medllava.errors import ConfigError, MissingExtraError
 from medllava.jsonl import read_rows
@@ -35,22 +35,19 @@ def recipe(stage: str, **changes: Any) -> TuneRecipe:
     return loaded.model_copy(update=changes)
 
 
-def seven(stage: str) -> Any:
+@pytest.fixture
+def seven(seven_billion: Callable[[], Any]) -> Callable[[str], Any]:
     """The shapes of LLaVA-1.5 7B, without weights, set up for a stage."""
-    vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-    )
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
-    select(model, recipe(stage))
-    return model
+
+    def make(stage: str) -> Any:
+        model = seven_billion()
+        select(model, recipe(stage))
+        return model
+
+    return make
 
 
-def test_operations_follow_from_what_trains() -> None:
+def test_operations_follow_from_what_trains(seven: Callable[[str], Any]) -> None:
     frozen, full = (
         cost.work(seven(stage), lengths=[700] * 3, image_tokens=576, cached=stage == "full")
         for stage in ("projector", "full")
@@ -86,7 +83,7 @@ def test_operations_agree_with_a_count_of_the_real_ones(stage0: Path) -> None:
     assert told == pytest.approx(counted.get_total_flops(), rel=0.1)
 
 
-def test_memory_of_the_known_sizes() -> None:
+def test_memory_of_the_known_sizes(seven: Callable[[str], Any]) -> None:
     model = seven("lora")
     loose = recipe("lora", gradient_checkpointing=False)
     plain = cost.memory(model, loose, tokens=2800, targets=500, half=True)

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 _LATER = timedelta(seconds=60)
 """PyTorch's own limit comes so much later than ours, which can tell more."""
 _KEY = "medllava/place/"
+_GONE = ("closed by peer", "reset by peer", "remote process exited")
+"""What gloo and NCCL say of a peer that is no more."""
 
 
 def process_group(limit: timedelta) -> Any:
@@ -63,7 +65,7 @@ class Watch:
     def _look(self, store: Any) -> None:
         while not self._over.wait(min(self._limit / 4, 5)):
             if time.monotonic() - self._since > self._limit:
-                log.error("error: %s", self._told(store))
+                log.error("\nerror: %s", self._told(store))  # on a line of its own: a progress bar may hold this one
                 os._exit(1)  # the thread that waits cannot be woken
 
     def _told(self, store: Any) -> str:
@@ -82,13 +84,20 @@ class Watch:
 
 @contextmanager
 def limit_told() -> Iterator[None]:
-    """Turn PyTorch's own words for a wait that was too long, as before the first step, into a MedllavaError."""
+    """Turn PyTorch's own words for a process that did not come, or is gone, into a MedllavaError."""
     try:
         yield
     except RuntimeError as error:
-        if not (torch.distributed.is_initialized() and "timed out" in str(error).lower()):
-            raise
-        raise MedllavaError(
-            f"rank {torch.distributed.get_rank()} waited for another process, which did not come; see what the others"
-            " said last. Go on with --resume; --timeout MINUTES allows more"
-        ) from error
+        said = str(error).lower()
+        if torch.distributed.is_initialized():
+            rank = torch.distributed.get_rank()
+            if "timed out" in said:
+                raise MedllavaError(
+                    f"rank {rank} waited for another process, which did not come; see what the others said last. Go on"
+                    " with --resume; --timeout MINUTES allows more"
+                ) from error
+            if any(words in said for words in _GONE):
+                raise MedllavaError(
+                    f"rank {rank} lost another process, which has ended; see what that one said. Go on with --resume"
+                ) from error
+        raise

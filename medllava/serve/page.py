@@ -1,175 +1,42 @@
 """The page of the web chat, in Gradio: the viewer on the left, the conversation on the right.
 
-Gradio finds out what a handler takes from its annotations, so this module imports it at the top; the command in
-:mod:`medllava.serve.web` imports this module only when it starts to serve. What the page holds is in
-:mod:`medllava.serve.session`, who answers in :mod:`medllava.serve.answering`; here both are put on the screen.
+:func:`lay_out` puts the components on the page; each ``bind_...`` then says what happens in one part of it. What the
+page holds is in :mod:`medllava.serve.session`, how it is shown in :mod:`medllava.serve.screen`, who answers in
+:mod:`medllava.serve.answering`. Gradio finds out what a handler takes from its annotations, so this module imports it
+at the top; the command in :mod:`medllava.serve.web` imports this module only when it starts to serve.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from medllava.errors import DataError, ImageTooLarge, ServiceError
 from medllava.geometry import parse_boxes
-from medllava.images import draw_boxes, load_image, to_data_uri
 from medllava.jsonl import Appender
 from medllava.regions import POINT_SIDE, mentions_region
 from medllava.serve.answering import Choice, Workers
 from medllava.serve.client import Worker
-from medllava.serve.export import as_geojson, as_json, as_markdown, read_geojson, region_json
-from medllava.serve.phrases import colour_of, phrases_of
-from medllava.serve.session import Exchange, Looking, Picture, Session, Source, open_picture, region_of, view_of
+from medllava.serve.export import read_geojson, region_json
+from medllava.serve.screen import chat_of, example_strip, head_of, saved_file, tray_of, viewer_of
+from medllava.serve.session import Exchange, Looking, Session, Source, open_picture, region_of, view_of
 from medllava.serve.tiles import ShownSlide, add_routes, slide_strip
 
-THUMBNAIL_HEIGHT = 124
 STATUS_S = 2.0
 """How often an open page asks the workers how they are; with the time a worker may take, a change shows within 5 s."""
-CORNERS_SHOWN = 200
-"""Corners of a loaded outline that are drawn; it is asked about with all of them."""
-
-
-# -- what the page shows
-
-
-def viewer_of(session: Session, **more: Any) -> Any:
-    """The shown picture with the places of the drawn answer, then the regions that were loaded for it."""
-    picture = session.picture()
-    boxes: list[dict[str, Any]] = []
-    if session.drawn is not None and session.drawn.picture == session.shown:
-        boxes += [
-            {"box": list(place.box.as_tuple()), "label": str(number), "colour": place.colour}
-            for number, place in enumerate(session.drawn.places(), start=1)
-        ]
-    for one in session.loaded.get(session.shown, []) if session.shown is not None else []:
-        step = max(1, len(one.region.path) // CORNERS_SHOWN)
-        path = [list(corner) for corner in one.region.path[::step]]
-        boxes.append(
-            {"box": list(one.region.box.as_tuple()), "label": one.name, "colour": one.colour, "path": path or None}
-        )
-    none: dict[str, Any] = {"src": "", "size": [0, 0], "tiles": None, "mpp": None, "power": None}
-    shown = none | (picture.viewer() if picture else {})
-    return gr.HTML(**shown, picture=session.shown or 0, boxes=boxes, **more)
-
-
-def chat_of(session: Session, **more: Any) -> Any:
-    """The conversation, as ``chat.js`` draws it."""
-    drawn = session.exchanges.index(session.drawn) if session.drawn in session.exchanges else None
-    return gr.HTML(
-        exchanges=[exchange_of(one, len(session.pictures) > 1) for one in session.exchanges], current=drawn,
-        busy=session.answering, pictures=len(session.pictures), **more,
-    )
-
-
-def exchange_of(one: Exchange, many: bool) -> dict[str, Any]:
-    return {
-        "picture": None if one.picture is None else one.picture + 1, "many": many, "typed": one.typed,
-        "asked": one.asked, "answer": one.answer, "parts": parts_of(one), "state": one.state, "note": one.note,
-        "position": one.position,
-        "model": one.model, "vote": one.vote,
-        "looked": {"text": one.looked.text, "pictures": one.looked.pictures} if one.looked else None,
-    }
-
-
-def parts_of(one: Exchange) -> list[dict[str, Any]]:
-    """The answer in pieces: plain text, and phrases with the number and colour of their place."""
-    parts: list[dict[str, Any]] = []
-    behind = 0
-    # While it streams, a phrase may still grow.
-    for phrase in phrases_of(one.answer) if one.sight and one.state != "answering" else []:
-        parts.append({"text": one.answer[behind : phrase.start], "index": None})
-        text = one.answer[phrase.start : phrase.end]
-        parts.append({"text": text, "index": phrase.index, "colour": colour_of(phrase.index)})
-        behind = phrase.end
-    parts.append({"text": one.answer[behind:], "index": None})
-    return [part for part in parts if part["text"]]
-
-
-def tray_of(session: Session) -> Any:
-    """Pictures of the conversation and loaded regions, as ``tray.js`` draws them."""
-    loaded = session.loaded.get(session.shown, []) if session.shown is not None else []
-    return gr.HTML(
-        pictures=[picture.thumbnail for picture in session.pictures] if len(session.pictures) > 1 else [],
-        shown=session.shown, regions=[{"name": one.name, "colour": one.colour} for one in loaded],
-    )
-
-
-def head_of(workers: Workers, chosen: Choice) -> Any:
-    """The line on top, as ``head.js`` draws it."""
-    state, model = workers.state(chosen), workers.model(chosen)
-    return gr.HTML(
-        choices=[[str(choice), label] for choice, label in workers.choices()], value=str(chosen),
-        status=state.status if state else "", model=model.name if model else "", detail=state.detail if state else "",
-        mpp=model.mpp if model else None,
-    )
-
-
-def drawn_picture(session: Session) -> bytes:
-    """The shown picture as a JPEG with the places that are drawn on it. Raises DataError."""
-    picture, drawn = session.picture(), session.drawn
-    if picture is None:
-        raise DataError("there is no picture to save.")
-    places = drawn.places() if drawn and drawn.picture == session.shown else []
-    boxes = [place.box for place in places]
-    if isinstance(picture, Picture):
-        image = picture.image
-    else:
-        # Of a slide, the field that was asked about, with the answer's own boxes.
-        sight = drawn.sight if drawn and places else picture.sight(None, None)
-        assert sight is not None
-        image, boxes = load_image(sight.uri), parse_boxes(drawn.answer) if drawn and places else []
-    buffer = io.BytesIO()
-    labels = [str(number) for number in range(1, len(boxes) + 1)]
-    draw_boxes(image, boxes, labels).save(buffer, "JPEG", quality=92)
-    return buffer.getvalue()
-
-
-def saved_file(session: Session, kind: str, with_pictures: bool) -> dict[str, Any]:
-    """What the browser saves: name, type and text, or bytes in base64. Raises DataError."""
-    if kind == "image":
-        data = base64.b64encode(drawn_picture(session)).decode()
-        return {"name": "picture.jpg", "type": "image/jpeg", "base64": data}
-    if kind == "geojson":
-        if session.shown is None:
-            raise DataError("there is no picture whose regions could be saved.")
-        text = as_geojson(session, session.shown)
-        return {"name": f"regions-picture-{session.shown + 1}.geojson", "type": "application/geo+json", "text": text}
-    if kind == "json":
-        text = as_json(session, with_pictures=with_pictures)
-        return {"name": "conversation.json", "type": "application/json", "text": text}
-    return {
-        "name": "conversation.md", "type": "text/markdown", "text": as_markdown(session, with_pictures=with_pictures)
-    }
-
-
-def example_strip(pictures: Sequence[Path]) -> str:
-    """Small copies of the example pictures as buttons."""
-    buttons = []
-    for number, path in enumerate(pictures):
-        small = load_image(path)
-        small.thumbnail((THUMBNAIL_HEIGHT * 2, THUMBNAIL_HEIGHT), Image.Resampling.LANCZOS)
-        buttons.append(
-            f'<button type="button" data-number="{number}" aria-label="example {number + 1}">'
-            f'<img alt="" src="{to_data_uri(small, "JPEG")}"></button>'
-        )
-    return f'<div class="examples"><span>Examples</span>{"".join(buttons)}</div>' if buttons else ""
-
-
-PICK_EXAMPLE = """
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+"""How every handler of the page is bound: no name in the API, no spinner over what it fills."""
+PICK_NUMBER = """
 element.addEventListener("click", (event) => {
   const button = event.target.closest("button[data-number]");
   if (button) trigger("picked", { number: Number(button.dataset.number) });
 });
 """
-
-
 WITH_MARKED = "(session, text, marked, choice) => [session, text, window.medllavaMarked?.() ?? null, choice]"
 """Runs in the browser with each question: the region as it is seen at that moment."""
 WITH_VIEW = """(session, text, marked, choice) => {
@@ -177,6 +44,70 @@ WITH_VIEW = """(session, text, marked, choice) => {
   return [session, text, seen && { ...seen, box: null, point: null, path: null }, choice];
 }"""
 """The same for an offered question that is about the whole image: what is still marked does not belong to it."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """What stands on the page, by place. ``shelf`` is there only with slides."""
+
+    session: gr.State
+    head: gr.HTML
+    viewer: gr.HTML
+    tray: gr.HTML
+    shelf: gr.HTML | None
+    strip: gr.HTML
+    chat: gr.HTML
+    chips: list[gr.Button]
+    text: gr.Textbox
+    ask: gr.Button
+    stop: gr.Button
+
+
+def build(
+    workers: Sequence[Worker], examples: Sequence[Path], questions: Sequence[str], *, feedback: Path | None = None,
+    slides: Sequence[ShownSlide] = (),
+) -> gr.Blocks:
+    """The page. ``workers``: at least one. ``examples``: picture files to choose from. ``questions``: to click.
+    ``feedback``: file to append votes to; None offers no votes. ``slides``: whole slides to choose from."""
+    crew = Workers(workers)
+    with gr.Blocks(title="medllava", analytics_enabled=False, fill_width=True) as page:
+        ui = lay_out(crew, examples, questions, slides, votes=feedback is not None)
+        bind_questions(ui, crew)
+        bind_pictures(ui, crew, examples, slides)
+        bind_regions(ui)
+        bind_answers(ui, crew, feedback)
+        bind_state(page, ui, crew)
+        bind_api(crew)
+    return page
+
+
+def lay_out(
+    crew: Workers, examples: Sequence[Path], questions: Sequence[str], slides: Sequence[ShownSlide], *, votes: bool
+) -> Components:
+    """Put the components on the page that is open."""
+    session = gr.State(Session())
+    head = part("head", elem_id="head", value=str(crew.first()), choices=[], feedback=votes)
+    with gr.Row(equal_height=False, elem_id="desk"):
+        with gr.Column(scale=6, min_width=380):
+            viewer = part(
+                "viewer", value=None, elem_id="viewer", src="", size=[0, 0], picture=0, boxes=[],
+                point_side=POINT_SIDE, tiles=None, mpp=None, power=None,
+            )
+            tray = part("tray", elem_id="tray", pictures=[], shown=None, regions=[])
+            shelf = offer(slide_strip(slides), "slides") if slides else None
+            strip = offer(example_strip(examples), "examples")
+        with gr.Column(scale=5, min_width=360):
+            chat = part("chat", elem_id="chat", exchanges=[], current=None, busy=False, pictures=0, feedback=votes)
+            with gr.Row(elem_classes="questions", elem_id="questions"):
+                chips = [gr.Button(question, size="sm", variant="secondary") for question in questions]
+            with gr.Row(elem_id="composer"):
+                text = gr.Textbox(
+                    label="Question", container=False, placeholder="Ask about the image or region", lines=1,
+                    max_lines=6, scale=6, elem_id="question",
+                )
+                ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
+                stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
+    return Components(session, head, viewer, tray, shelf, strip, chat, chips, text, ask, stop)
 
 
 def part(name: str, **props: Any) -> gr.HTML:
@@ -188,25 +119,31 @@ def part(name: str, **props: Any) -> gr.HTML:
     )
 
 
-def build(
-    workers: Sequence[Worker], examples: Sequence[Path], questions: Sequence[str], *, feedback: Path | None = None,
-    slides: Sequence[ShownSlide] = (),
-) -> gr.Blocks:
-    """The page. ``workers``: at least one. ``examples``: picture files to choose from. ``questions``: to click.
-    ``feedback``: file to append votes to; None offers no votes. ``slides``: whole slides to choose from."""
-    crew = Workers(workers)
-    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+def offer(html: str, name: str) -> gr.HTML:
+    """A strip of pictures to choose from: its event ``picked`` tells the ``number`` of the button."""
+    return gr.HTML(html, js_on_load=PICK_NUMBER, elem_id=name, apply_default_css=False)
 
-    def unchanged(count: int, why: str) -> tuple[Any, ...]:
-        """Tell what is wrong in a note of its own, and leave the page as it is (gr.Error would blank it)."""
-        gr.Warning(why)
-        return (gr.skip(),) * count
 
-    def all_of(session: Session, **viewer: Any) -> tuple[Any, ...]:
-        """Viewer, conversation and tray."""
-        return viewer_of(session, **viewer), chat_of(session), tray_of(session)
+# -- what handlers give back
 
-    # -- pictures and regions
+
+def unchanged(count: int, why: str) -> tuple[Any, ...]:
+    """Tell what is wrong in a note of its own, and leave the page as it is (gr.Error would blank it)."""
+    gr.Warning(why)
+    return (gr.skip(),) * count
+
+
+def all_of(session: Session, **viewer: Any) -> tuple[Any, ...]:
+    """Viewer, conversation and tray."""
+    return viewer_of(session, **viewer), chat_of(session), tray_of(session)
+
+
+# -- pictures
+
+
+def bind_pictures(ui: Components, crew: Workers, examples: Sequence[Path], slides: Sequence[ShownSlide]) -> None:
+    """Open a picture from a file, an example or a slide; go back to one that is open."""
+    offered = "Choose one below." if slides else "Ask the operator to start this page with --slides FOLDER."
 
     def show_picture(session: Session, source: str | Path | Source, choice: str) -> tuple[Any, ...]:
         if session.answering or session.reading:
@@ -229,19 +166,11 @@ def build(
     def open_file(session: Session, choice: str, event: gr.EventData) -> tuple[Any, ...]:
         return show_picture(session, str(event.uri), choice)
 
-    offered = "Choose one below." if slides else "Ask the operator to start this page with --slides FOLDER."
-
     def too_large(event: gr.EventData) -> None:
         unchanged(0, f"{event.megabytes} MB is too much for a picture. Cut a field of view out. Of a slide: {offered}")
 
     def whole_slide() -> None:
         unchanged(0, f"Whole slides are not sent through the browser; they are read where they lie. {offered}")
-
-    def open_slide(session: Session, choice: str, event: gr.EventData) -> tuple[Any, ...]:
-        number = int(event.number)
-        if not 0 <= number < len(slides):
-            return unchanged(3, f"There are {len(slides)} slides.")
-        return show_picture(session, slides[number], choice)
 
     def open_example(session: Session, choice: str, event: gr.EventData) -> tuple[Any, ...]:
         number = int(event.number)
@@ -249,52 +178,75 @@ def build(
             return unchanged(3, f"There are {len(examples)} examples.")
         return show_picture(session, examples[number], choice)
 
-    def choose_picture(session: Session, event: gr.EventData) -> tuple[Any, ...]:
-        try:
-            session.show(int(event.number))
-        except IndexError as error:
-            return unchanged(3, f"This picture cannot be shown: {error}.")
-        return all_of(session, value=None)
-
-    def load_regions(session: Session, event: gr.EventData) -> tuple[Any, ...]:
-        picture = session.picture()
-        if picture is None or session.shown is None:
-            return unchanged(2, "Open the picture first that the regions belong to.")
-        try:
-            session.loaded[session.shown] = read_geojson(str(event.text), picture.size)
-        except DataError as error:
-            return unchanged(2, f"These regions cannot be read: {error}")
-        return viewer_of(session), tray_of(session)
-
-    def regions_too_large(event: gr.EventData) -> None:
-        unchanged(0, f"{event.megabytes} MB is too much for a file of regions: export the annotations without cells.")
-
-    def remove_regions(session: Session) -> tuple[Any, ...]:
-        if session.shown is not None:
-            session.loaded.pop(session.shown, None)
-        return viewer_of(session), tray_of(session)
-
-    def choose_region(session: Session, event: gr.EventData) -> Any:
-        loaded = session.loaded.get(session.shown, []) if session.shown is not None else []
+    def open_slide(session: Session, choice: str, event: gr.EventData) -> tuple[Any, ...]:
         number = int(event.number)
-        if not 0 <= number < len(loaded):
-            return unchanged(1, f"There are {len(loaded)} regions.")[0]
-        return viewer_of(session, value={"picture": session.shown, "view": None, **region_json(loaded[number].region)})
+        if not 0 <= number < len(slides):
+            return unchanged(3, f"There are {len(slides)} slides.")
+        return show_picture(session, slides[number], choice)
 
-    def show_place(session: Session, event: gr.EventData) -> tuple[Any, ...]:
-        """A phrase of an earlier answer was clicked: draw its places, then flash the one."""
-        number = int(event.number)
-        if not 0 <= number < len(session.exchanges):
-            return unchanged(3, "This answer is gone.")
-        one = session.exchanges[number]
-        if one.picture is not None and one.picture != session.shown:
-            session.show(one.picture)
-        session.drawn = one
-        session.flashes += 1
-        chat = chat_of(session, flash={"count": session.flashes, "index": int(event.index)})
-        return viewer_of(session), chat, tray_of(session)
+    opened = [ui.viewer, ui.chat, ui.tray]
+    ui.viewer.opened(open_file, [ui.session, ui.head], opened, **PRIVATE)
+    ui.viewer.too_large(too_large, None, None, **PRIVATE)
+    ui.viewer.whole_slide(whole_slide, None, None, **PRIVATE)
+    ui.strip.picked(open_example, [ui.session, ui.head], opened, **PRIVATE)
+    if ui.shelf is not None:
+        ui.shelf.picked(open_slide, [ui.session, ui.head], opened, **PRIVATE)
+    ui.tray.shown(choose_picture, ui.session, opened, **PRIVATE)
 
-    # -- questions and answers
+
+def choose_picture(session: Session, event: gr.EventData) -> tuple[Any, ...]:
+    try:
+        session.show(int(event.number))
+    except IndexError as error:
+        return unchanged(3, f"This picture cannot be shown: {error}.")
+    return all_of(session, value=None)
+
+
+# -- regions from files
+
+
+def bind_regions(ui: Components) -> None:
+    """Load regions of the shown picture from a file, mark one of them, put them away."""
+    ui.tray.loaded(load_regions, ui.session, [ui.viewer, ui.tray], **PRIVATE)
+    ui.tray.refused(regions_too_large, None, None, **PRIVATE)
+    ui.tray.removed(remove_regions, ui.session, [ui.viewer, ui.tray], **PRIVATE)
+    ui.tray.chosen(choose_region, ui.session, ui.viewer, **PRIVATE)
+
+
+def load_regions(session: Session, event: gr.EventData) -> tuple[Any, ...]:
+    picture = session.picture()
+    if picture is None or session.shown is None:
+        return unchanged(2, "Open the picture first that the regions belong to.")
+    try:
+        session.loaded[session.shown] = read_geojson(str(event.text), picture.size)
+    except DataError as error:
+        return unchanged(2, f"These regions cannot be read: {error}")
+    return viewer_of(session), tray_of(session)
+
+
+def regions_too_large(event: gr.EventData) -> None:
+    unchanged(0, f"{event.megabytes} MB is too much for a file of regions: export the annotations without cells.")
+
+
+def remove_regions(session: Session) -> tuple[Any, ...]:
+    if session.shown is not None:
+        session.loaded.pop(session.shown, None)
+    return viewer_of(session), tray_of(session)
+
+
+def choose_region(session: Session, event: gr.EventData) -> Any:
+    loaded = session.loaded.get(session.shown, []) if session.shown is not None else []
+    number = int(event.number)
+    if not 0 <= number < len(loaded):
+        return unchanged(1, f"There are {len(loaded)} regions.")[0]
+    return viewer_of(session, value={"picture": session.shown, "view": None, **region_json(loaded[number].region)})
+
+
+# -- questions
+
+
+def bind_questions(ui: Components, crew: Workers) -> None:
+    """Ask, ask again, stop, take back, start anew."""
 
     async def stream(
         session: Session, exchange: Exchange, choice: str, put_back: str
@@ -352,29 +304,48 @@ def build(
         async for shown in stream(session, session.again(number, text), choice, ""):
             yield shown
 
-    def undo(session: Session) -> tuple[Any, ...]:
-        if not session.exchanges:
-            return unchanged(4, "There is nothing to undo.")
-        dropped = session.cut(len(session.exchanges) - 1)
-        if session.shown is not None:
-            session.show(session.shown)
-        return *all_of(session), dropped.typed
+    told = [ui.viewer, ui.chat, ui.tray, ui.text]
+    running = [
+        event(answer, [ui.session, asked, ui.viewer, ui.head], told, js=js, concurrency_limit=None, **PRIVATE)
+        for event, asked, js in [
+            (ui.text.submit, ui.text, WITH_MARKED), (ui.ask.click, ui.text, WITH_MARKED),
+            *((chip.click, chip, WITH_MARKED if mentions_region(chip.value) else WITH_VIEW) for chip in ui.chips),
+        ]
+    ]
+    running += [
+        event(handler, [ui.session, ui.head], told, concurrency_limit=None, **PRIVATE)
+        for event, handler in [(ui.chat.retry, retry), (ui.chat.edit, edit)]
+    ]
+    # First the end of the stream, then what the page says about it: together, a late piece may be shown last.
+    ui.stop.click(None, cancels=running, **PRIVATE).then(stopped, ui.session, ui.chat, **PRIVATE)
+    ui.chat.undo(undo, ui.session, told, cancels=running, **PRIVATE)
+    ui.chat.restart(restart, ui.session, told, cancels=running, **PRIVATE)
 
-    def stopped(session: Session) -> Any:
-        session.stop()
-        return chat_of(session)
 
-    def restart(session: Session) -> tuple[Any, ...]:
-        session.forget()
-        return *all_of(session, value=None), ""
+def stopped(session: Session) -> Any:
+    session.stop()
+    return chat_of(session)
 
-    def save(session: Session, event: gr.EventData) -> Any:
-        try:
-            file = saved_file(session, str(event.kind), bool(event.pictures))
-        except DataError as error:
-            return unchanged(1, f"Nothing to save: {error}")[0]
-        session.saves += 1
-        return gr.HTML(download={"count": session.saves, **file})
+
+def undo(session: Session) -> tuple[Any, ...]:
+    if not session.exchanges:
+        return unchanged(4, "There is nothing to undo.")
+    dropped = session.cut(len(session.exchanges) - 1)
+    if session.shown is not None:
+        session.show(session.shown)
+    return *all_of(session), dropped.typed
+
+
+def restart(session: Session) -> tuple[Any, ...]:
+    session.forget()
+    return *all_of(session, value=None), ""
+
+
+# -- answers
+
+
+def bind_answers(ui: Components, crew: Workers, feedback: Path | None) -> None:
+    """What is done with an answer that is there: show its places, save it, ask what it depends on, vote."""
 
     async def look(session: Session, event: gr.EventData) -> AsyncIterator[Any]:
         number = int(event.number)
@@ -410,6 +381,57 @@ def build(
             gr.Warning(f"The vote could not be written ({error.strerror}); tell the operator of this page.")
         return chat_of(session)
 
+    ui.chat.place(show_place, ui.session, [ui.viewer, ui.chat, ui.tray], **PRIVATE)
+    ui.chat.save(save, ui.session, ui.chat, **PRIVATE)
+    ui.chat.vote(vote, ui.session, ui.chat, **PRIVATE)
+    ui.chat.look(look, ui.session, ui.chat, concurrency_limit=None, **PRIVATE)
+
+
+def show_place(session: Session, event: gr.EventData) -> tuple[Any, ...]:
+    """A phrase of an earlier answer was clicked: draw its places, then flash the one."""
+    number = int(event.number)
+    if not 0 <= number < len(session.exchanges):
+        return unchanged(3, "This answer is gone.")
+    one = session.exchanges[number]
+    if one.picture is not None and one.picture != session.shown:
+        session.show(one.picture)
+    session.drawn = one
+    session.flashes += 1
+    chat = chat_of(session, flash={"count": session.flashes, "index": int(event.index)})
+    return viewer_of(session), chat, tray_of(session)
+
+
+def save(session: Session, event: gr.EventData) -> Any:
+    try:
+        file = saved_file(session, str(event.kind), bool(event.pictures))
+    except DataError as error:
+        return unchanged(1, f"Nothing to save: {error}")[0]
+    session.saves += 1
+    return gr.HTML(download={"count": session.saves, **file})
+
+
+# -- the workers' state, the end of a page, the API
+
+
+def bind_state(page: gr.Blocks, ui: Components, crew: Workers) -> None:
+    """Keep the line on top up to date; give a closed page's memory back."""
+
+    async def refresh(choice: str) -> Any:
+        await crew.refresh()
+        return head_of(crew, crew.kept(Choice.parse(choice)))
+
+    def leave(request: gr.Request) -> None:
+        # Gradio would keep a closed page's state, pictures included, for an hour.
+        page.state_holder.session_data.pop(request.session_hash, None)
+
+    gr.Timer(STATUS_S).tick(refresh, ui.head, ui.head, queue=False, **PRIVATE)
+    page.load(refresh, ui.head, ui.head, **PRIVATE)
+    page.unload(leave)
+
+
+def bind_api(crew: Workers) -> None:
+    """One question without a page, for programs: the API's only name is ``ask``."""
+
     async def ask_api(image: str, question: str, box: list[float] | None = None) -> dict[str, Any]:
         """Ask one question about one picture.
 
@@ -434,85 +456,7 @@ def build(
         boxes = [box.model_dump() for box in parse_boxes(exchange.answer)]
         return {"text": exchange.answer, "boxes": boxes, "model": exchange.model, "note": exchange.note}
 
-    # -- the page itself
-
-    def leave(request: gr.Request) -> None:
-        # Gradio would keep a closed page's state, pictures included, for an hour.
-        page.state_holder.session_data.pop(request.session_hash, None)
-
-    async def refresh(choice: str) -> Any:
-        await crew.refresh()
-        return head_of(crew, crew.kept(Choice.parse(choice)))
-
-    with gr.Blocks(title="medllava", analytics_enabled=False, fill_width=True) as page:
-        session = gr.State(Session())
-        head = part("head", elem_id="head", value=str(crew.first()), choices=[], feedback=feedback is not None)
-        with gr.Row(equal_height=False, elem_id="desk"):
-            with gr.Column(scale=6, min_width=380):
-                viewer = part(
-                    "viewer", value=None, elem_id="viewer", src="", size=[0, 0], picture=0, boxes=[],
-                    point_side=POINT_SIDE, tiles=None, mpp=None, power=None,
-                )
-                tray = part("tray", elem_id="tray", pictures=[], shown=None, regions=[])
-                if slides:
-                    shelf = gr.HTML(
-                        slide_strip(slides), js_on_load=PICK_EXAMPLE, elem_id="slides", apply_default_css=False
-                    )
-                strip = gr.HTML(
-                    example_strip(examples), js_on_load=PICK_EXAMPLE, elem_id="examples", apply_default_css=False
-                )
-            with gr.Column(scale=5, min_width=360):
-                chat = part(
-                    "chat", elem_id="chat", exchanges=[], current=None, busy=False, pictures=0,
-                    feedback=feedback is not None,
-                )
-                with gr.Row(elem_classes="questions", elem_id="questions"):
-                    chips = [gr.Button(question, size="sm", variant="secondary") for question in questions]
-                with gr.Row(elem_id="composer"):
-                    text = gr.Textbox(
-                        label="Question", container=False, placeholder="Ask about the image or region", lines=1,
-                        max_lines=6, scale=6, elem_id="question",
-                    )
-                    ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
-                    stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
-
-        opened = [viewer, chat, tray]
-        told = [viewer, chat, tray, text]
-        running = [
-            event(answer, [session, asked, viewer, head], told, js=js, concurrency_limit=None, **private)
-            for event, asked, js in [
-                (text.submit, text, WITH_MARKED), (ask.click, text, WITH_MARKED),
-                *((chip.click, chip, WITH_MARKED if mentions_region(chip.value) else WITH_VIEW) for chip in chips),
-            ]
-        ]
-        running += [
-            event(handler, [session, head], told, concurrency_limit=None, **private)
-            for event, handler in [(chat.retry, retry), (chat.edit, edit)]
-        ]
-        viewer.opened(open_file, [session, head], opened, **private)
-        viewer.too_large(too_large, None, None, **private)
-        viewer.whole_slide(whole_slide, None, None, **private)
-        strip.picked(open_example, [session, head], opened, **private)
-        if slides:
-            shelf.picked(open_slide, [session, head], opened, **private)
-        tray.shown(choose_picture, session, opened, **private)
-        tray.loaded(load_regions, session, [viewer, tray], **private)
-        tray.refused(regions_too_large, None, None, **private)
-        tray.removed(remove_regions, session, [viewer, tray], **private)
-        tray.chosen(choose_region, session, viewer, **private)
-        chat.place(show_place, session, opened, **private)
-        chat.save(save, session, chat, **private)
-        chat.vote(vote, session, chat, **private)
-        chat.look(look, session, chat, concurrency_limit=None, **private)
-        # First the end of the stream, then what the page says about it: together, a late piece may be shown last.
-        stop.click(None, cancels=running, **private).then(stopped, session, chat, **private)
-        chat.undo(undo, session, told, cancels=running, **private)
-        chat.restart(restart, session, told, cancels=running, **private)
-        gr.Timer(STATUS_S).tick(refresh, head, head, queue=False, **private)
-        page.load(refresh, head, head, **private)
-        page.unload(leave)
-        gr.api(ask_api, api_name="ask", concurrency_limit=None)
-    return page
+    gr.api(ask_api, api_name="ask", concurrency_limit=None)
 
 
 def launch(

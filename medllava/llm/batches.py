@@ -126,6 +126,10 @@ class BatchQueue:
 
     def resume(self) -> None:
         """Finish submitting what an earlier run began."""
+        known = {job.tag for job in self.under_way}
+        for left in (self.folder / "batches").glob("*"):
+            if left.stem not in known:  # of a run that was killed while it uploaded
+                left.unlink()
         for job in self.under_way:
             if job.batch_id is None:
                 job.batch_id = self._find(job)
@@ -139,7 +143,7 @@ class BatchQueue:
         """
         progress = Progress()
         for job in self.under_way:
-            batch = self._ask(partial(self._client.batches.retrieve, job.batch_id or ""))
+            batch = self._ask(partial(self._client.batches.retrieve, job.batch_id or ""), self._if_gone(job))
             if batch.status in _ENDED:
                 self._end(job, batch)
                 continue
@@ -157,26 +161,33 @@ class BatchQueue:
         file = self._file(job)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(rows), encoding="utf-8")
-        self._note(job, event="begun", most_usd=most_usd, keys=[key.hex() for key in keys])
+        # Only batches are paid: as long as there is no more than an upload, or two of them, nothing is under way.
+        job.file_id = self._upload(job)
+        in_hex = [key.hex() for key in keys]
+        self._note(job, event="begun", most_usd=most_usd, keys=in_hex, file_id=job.file_id)
         self.jobs[job.tag] = job
         self._submit(job)
 
+    def _upload(self, job: Job) -> str:
+        with self._file(job).open("rb") as file:
+            uploaded = self._ask(lambda: self._client.files.create(file=(f"{job.tag}.jsonl", file), purpose="batch"))
+        return str(uploaded.id)
+
     def _submit(self, job: Job) -> None:
-        if job.file_id is None and job.batch_id is None:
-            with self._file(job).open("rb") as file:
-                # A second upload after a lost answer costs nothing: only batches are paid.
-                uploaded = self._ask(
-                    lambda: self._client.files.create(file=(f"{job.tag}.jsonl", file), purpose="batch")
-                )
-            job.file_id = uploaded.id
-            self._note(job, event="uploaded", file_id=job.file_id)
         if job.batch_id is None:
-            created = self._ask(
-                lambda: self._once.batches.create(
-                    input_file_id=job.file_id or "", endpoint="/v1/chat/completions", completion_window="24h",
-                    metadata={"medllava": job.tag},
+            job.file_id = job.file_id or self._upload(job)
+            try:
+                created = self._ask(
+                    lambda: self._once.batches.create(
+                        input_file_id=job.file_id or "", endpoint="/v1/chat/completions", completion_window="24h",
+                        metadata={"medllava": job.tag},
+                    )
                 )
-            )
+            except ServiceError as error:
+                if _is_refusal(error.__cause__):  # There is no such batch, and its requests are open again.
+                    self._note(job, event="ended", status="refused", replies=0, refused={})
+                    job.ended = "refused"
+                raise
             job.batch_id = created.id
         self._note(job, event="submitted", batch_id=job.batch_id)
 
@@ -194,11 +205,10 @@ class BatchQueue:
 
     def _end(self, job: Job, batch: Any) -> None:
         refused: dict[str, str] = {}
-        replies, failed, own = 0, 0, set(job.keys)
+        replies, failed, own = 0, 0, {key.hex() for key in job.keys}
         for file_id in (batch.output_file_id, batch.error_file_id):
-            for row in self._rows(job, file_id) if file_id else ():
-                key, response = row["custom_id"], row.get("response") or {}
-                if bytes.fromhex(key) not in own:
+            for key, response in self._rows(job, file_id) if file_id else ():
+                if key not in own:
                     continue
                 status, body = response.get("status_code"), response.get("body")
                 reply = _reply(body) if status == 200 else None
@@ -206,7 +216,7 @@ class BatchQueue:
                     if key not in self.cache:
                         self.cache.put(key, reply)
                     replies += 1
-                elif status is None or status == 200 or status in _AGAIN or status >= 500:
+                elif not isinstance(status, int) or status == 200 or status in _AGAIN or status >= 500:
                     failed += 1
                 else:
                     fault = body.get("error") if isinstance(body, dict) else body
@@ -227,25 +237,58 @@ class BatchQueue:
             smaller = f"; give --batch-requests, fewer than {len(own):,}" if full else ""
             raise ServiceError(f"{self.base_url}: {said}{smaller}")
 
-    def _rows(self, job: Job, file_id: str) -> Iterator[dict[str, Any]]:
+    def _rows(self, job: Job, file_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(key, response) of each line of a result file. Raises ServiceError where the file is cut short."""
         path = self._file(job).with_suffix(".results")
         path.parent.mkdir(parents=True, exist_ok=True)
 
         def download() -> None:
             with self._client.files.with_streaming_response.content(file_id) as response:
-                response.stream_to_file(path)
+                try:
+                    response.stream_to_file(path)
+                except OSError:  # the disk
+                    raise
+                except Exception as error:  # The HTTP library's own, as the client has not wrapped it.
+                    raise openai.APIConnectionError(request=response.http_request) from error
 
-        self._ask(download)
+        self._ask(download, self._if_gone(job))
+        unreadable = 0
         with path.open("rb") as lines:
             for line in lines:
-                if line.strip():
-                    yield json.loads(line)
+                try:
+                    row = json.loads(line)
+                    key, response = row["custom_id"], row.get("response") or {}
+                except (ValueError, KeyError, TypeError):
+                    if not line.endswith(b"\n"):
+                        raise ServiceError(
+                            f"{self.base_url}: {file_id}, the results of batch {job.batch_id}, came cut short; the same"
+                            " command again fetches them anew"
+                        ) from None
+                    unreadable += bool(line.strip())
+                    continue
+                if isinstance(key, str) and isinstance(response, dict):
+                    yield key, response
+                else:
+                    unreadable += 1
         path.unlink()
+        if unreadable:
+            log.warning("batch %s: %d lines of %s tell of no request", job.batch_id, unreadable, file_id)
 
-    def _ask(self, call: Callable[[], Any]) -> Any:
+    def _if_gone(self, job: Job) -> str:
+        return (
+            f"batch {job.batch_id} was made at another address or with another key, or is gone: without"
+            f" {self.folder / 'batches.jsonl'} its requests are asked, and paid for, again"
+        )
+
+    def _ask(
+        self, call: Callable[[], Any], otherwise: str = "check --base-url, the key, and that it has a batch interface"
+    ) -> Any:
+        """What ``call`` returns. ``otherwise``: what to do where the provider refuses it."""
         try:
             return call()
         except openai.APIError as error:
+            if _is_refusal(error):
+                raise ServiceError(f"{self.base_url}: {error}; {otherwise}") from error
             raise ServiceError(
                 f"{self.base_url}: the batch interface did not answer ({error.__cause__ or error});"
                 " the same command again goes on from here"
@@ -275,6 +318,13 @@ def read_jobs(folder: Path, refused: dict[str, str] | None = None) -> list[Job]:
             if refused is not None:
                 refused |= row["refused"]
     return list(jobs.values())
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether the provider said no, and would do so again."""
+    if not isinstance(error, openai.APIStatusError):
+        return False
+    return 400 <= error.status_code < 500 and error.status_code not in _AGAIN
 
 
 def _row(request: Request) -> dict[str, Any]:

@@ -280,6 +280,7 @@ def test_the_limits_of_one_file_hold(tmp_path, monkeypatch):
     """107,131 requests of Quilt's size make three files of OpenAI's; here the limits are 1,000 times smaller."""
     monkeypatch.setattr("medllava.llm.batches.MOST_BYTES", 9_000)
     sent = []
+    monkeypatch.setattr(BatchQueue, "_upload", lambda queue, job: "file-1")
     monkeypatch.setattr(BatchQueue, "_submit", lambda queue, job: sent.append(
         (len(job.keys), len(queue._file(job).read_bytes()))
     ))
@@ -299,3 +300,100 @@ def test_max_usd_holds_by_what_a_batch_can_cost_at_most(tmp_path, captions, prov
     assert 0.02 < spent <= 0.05
     assert until_the_end(captions, out, provider, "--max-usd", "5") > 0
     assert set(provider.paid.values()) == {1}
+
+
+def ended(provider, spoil):
+    """A provider whose batches go through ``spoil`` once they have ended."""
+    honest = provider.look
+
+    def look(batch):
+        running = batch["status"] == "in_progress"
+        honest(batch)
+        if running and batch["status"] != "in_progress":
+            spoil(batch)
+        return batch
+
+    provider.look = look
+
+
+def test_lines_that_tell_of_no_request_cost_nothing_but_themselves(tmp_path, captions, provider):
+    """In both files, beside a row that comes twice and one that is absent, which is asked again."""
+    odd = b'{"custom_id": null, "response": null}\n{"custom_id": "mine-1"}\n[]\n<html>\n{"error": 5}\n'
+    absent = set()
+
+    def spoil(batch):
+        name = batch["output_file_id"]
+        first, *others = provider.files[name].splitlines(keepends=True)
+        if not absent and others:
+            absent.add(json.loads(first)["custom_id"])
+            first = b""
+        provider.files[name] = b"".join([first, odd, *others, *others[:1]])
+        batch["error_file_id"] = provider.add_file(odd)["id"]
+
+    ended(provider, spoil)
+    until_the_end(captions, tmp_path / "out", provider)
+    assert {key for key, times in provider.asked.items() if times > 1} == absent
+    assert provider.asked[absent.pop()] == 2
+
+
+def test_results_that_come_cut_short_are_fetched_again_and_not_asked_again(tmp_path, captions, provider):
+    honest, cuts = provider.RequestHandlerClass, ["a lost connection", "a whole answer that ends in a line"]
+
+    class Cut(honest):
+        def do_GET(self):
+            if not (match := re.fullmatch(r"/v1/files/(.+)/content", self.path)) or not cuts:
+                return super().do_GET()
+            data = provider.files[match.group(1)]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data) if len(cuts) == 2 else len(data) - 5))
+            self.end_headers()
+            self.wfile.write(data[:-5])
+            cuts.pop()
+            self.close_connection = True
+            return None
+
+    provider.RequestHandlerClass = Cut
+    out = tmp_path / "out"
+    assert run(captions, out, provider, "--batch") == generate.UNDER_WAY
+    with pytest.raises(ServiceError, match="the same command again goes on"):
+        run(captions, out, provider, "--batch")
+    with pytest.raises(ServiceError, match="came cut short; the same command again fetches them anew"):
+        run(captions, out, provider, "--batch")
+    until_the_end(captions, out, provider)
+    assert set(provider.asked.values()) == {1}
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/batches"])
+def test_where_a_provider_takes_no_batch_nothing_is_under_way(tmp_path, captions, provider, path):
+    """Another endpoint, or the same one asked live, can go on."""
+    honest = provider.RequestHandlerClass
+
+    class Refusing(honest):
+        def do_POST(self):
+            if self.path != path:
+                return super().do_POST()
+            self.rfile.read(int(self.headers["Content-Length"]))
+            return self._send(404, {"error": {"message": "Not Found"}})
+
+    provider.RequestHandlerClass = Refusing
+    out = tmp_path / "out"
+    with pytest.raises(ServiceError, match="404 - Not Found; check --base-url, the key, and that it has a batch"):
+        run(captions, out, provider, "--batch")
+    provider.RequestHandlerClass = honest
+    assert run(captions, out, provider) == 0 and not provider.batches
+    assert run(captions, out, provider, "--batch", "seed=5") == generate.UNDER_WAY
+    assert len(list((out / "batches").iterdir())) == 1, "what was refused is not kept"
+
+
+def test_a_batch_that_the_provider_does_not_know_is_told_with_the_way_out(tmp_path, captions, provider):
+    out = tmp_path / "out"
+    assert run(captions, out, provider, "--batch") == generate.UNDER_WAY
+    honest = provider.RequestHandlerClass
+
+    class Forgetful(honest):
+        def do_GET(self):
+            return self._send(404, {"error": {"message": "No batch found"}})
+
+    provider.RequestHandlerClass = Forgetful
+    with pytest.raises(ServiceError, match=r"No batch found; batch batch-0 was made .* or is gone: without .*jsonl"):
+        run(captions, out, provider, "--batch")

@@ -12,6 +12,7 @@ from typing import Any
 from medllava.errors import CheckpointError
 from medllava.model import checkpoint
 from medllava.model.checkpoint import ADAPTER_FILES, PROJECTOR_FILE, TOWER_FILE, Loaded
+from medllava.model.tensors import assign, differences, read_tensors, refuse
 
 
 class Adapters:
@@ -34,7 +35,7 @@ class Adapters:
         if Path(stands_on).resolve() != self._source.resolve():
             raise CheckpointError(f"{folder}: stands on {stands_on}, not on {self._source}")
         self.switch(None)
-        tensors = checkpoint.read_tensors(folder / ADAPTER_FILES[1])
+        tensors = read_tensors(folder / ADAPTER_FILES[1])
         try:
             config = LoraConfig.from_pretrained(str(folder))
             config.base_model_name_or_path = self._base.model.name_or_path
@@ -46,7 +47,7 @@ class Adapters:
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{folder / ADAPTER_FILES[0]}: cannot be used: {error}") from error
         expected = get_peft_model_state_dict(self._peft, adapter_name=name)
-        checkpoint.refuse(str(folder / ADAPTER_FILES[1]), checkpoint.differences(expected, tensors))
+        refuse(str(folder / ADAPTER_FILES[1]), differences(expected, tensors))
         set_peft_model_state_dict(self._peft, tensors, adapter_name=name)
         self._peft.eval().base_model.disable_adapter_layers()
         parts = self._own_parts()
@@ -55,8 +56,8 @@ class Adapters:
             files["vision_tower"] = TOWER_FILE
         for part, file in files.items():
             parts[part] = copy.deepcopy(parts[part])
-            tensors = checkpoint.read_tensors(folder / file)
-            checkpoint.assign(parts[part], tensors, folder / file, partly=part == "vision_tower")
+            tensors = read_tensors(folder / file)
+            assign(parts[part], tensors, folder / file, partly=part == "vision_tower")
         self._parts[name] = parts
         return Loaded(self._base.model, processor, manifest, str(stands_on))
 

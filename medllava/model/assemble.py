@@ -17,6 +17,7 @@ from medllava.model import checkpoint
 from medllava.model.convert import open_tokenizer, with_rows
 from medllava.model.pixels import square_padding, tokens_per_image
 from medllava.model.prompt import TEMPLATES, PromptBuilder
+from medllava.model.tensors import differences, refuse
 from medllava.model.tower import extra_tokens, open_tower
 
 
@@ -115,7 +116,7 @@ def _joined(tower: Any, language: Any, tokenizer: Any, feature_layer: int, proce
     for name, value in tower.state_dict().items():
         bare = name.removeprefix("vision_model.")
         tensors["model.vision_tower." + ("vision_model." if nested else "") + bare] = value
-    checkpoint.refuse("the assembled model", checkpoint.differences(own, tensors))
+    refuse("the assembled model", differences(own, tensors))
     model.load_state_dict({name: value.to(kind) for name, value in tensors.items()}, assign=True)
     model.tie_weights()
     model.config.dtype = kind

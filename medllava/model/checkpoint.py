@@ -14,12 +14,9 @@ the files; the folder's name means nothing. All that can be told from files' hea
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,12 +28,14 @@ import torch
 
 from medllava.errors import CheckpointError, ConfigError, MissingExtraError, first_line
 from medllava.jsonl import read_json, write_json
-from medllava.model import card
+from medllava.model import card, hugging_face
 from medllava.model import manifest as manifests
+from medllava.model.folders import write_folder
 from medllava.model.hub import hub_id, local_folder
 from medllava.model.manifest import Manifest
 from medllava.model.pixels import image_side, padding_of
 from medllava.model.prompt import TEMPLATES
+from medllava.model.tensors import assign, differences, misfits, read_shapes, read_tensors, refuse, shapes_of
 
 log = logging.getLogger(__name__)
 # PEFT imports it where it is there, 4 bits or not. It says of each layer, each time, to which precision it converts,
@@ -45,8 +44,6 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 PROJECTOR_FILE = "projector.safetensors"
 TOWER_FILE = "vision_tower.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""Any of these holds a tokenizer's vocabulary."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -82,8 +79,8 @@ def describe(path: Path) -> Manifest:
     manifest = manifests.read_manifest(path)
     if manifest is None:
         _refuse_original(path)
-        _check_hugging_face(path)
-        processor = _load_processor(path)
+        hugging_face.check_folder(path)
+        processor = hugging_face.load_processor(path)
         return Manifest(
             kind="full", chat_format="template", image_size=image_side(processor.image_processor),
             padding=padding_of(processor.image_processor), regions=("mark",),
@@ -102,10 +99,10 @@ def describe(path: Path) -> Manifest:
                 " folder again, or train again)"
             )
     if manifest.kind == "full":
-        _check_hugging_face(path)
+        hugging_face.check_folder(path)
     elif manifest.base is None:
         raise CheckpointError(f"{path / manifests.FILE}: a {manifest.kind} checkpoint must name its base")
-    _check_tokenizer(path)
+    hugging_face.check_tokenizer(path)
     return manifest
 
 
@@ -133,13 +130,13 @@ def verify(path: Path, base: str | Path | None = None) -> tuple[Manifest, Any, s
     Returns (manifest, processor, the full model's folder or hub id). Raises CheckpointError.
     """
     manifest = describe(path)
-    processor = _load_processor(path)
+    processor = hugging_face.load_processor(path)
     own = path if manifest.kind == "full" else None
     base = own or (resolve_base(path, manifest) if base is None else local_folder(base))
     if isinstance(base, Path):
         if base != path:
-            _check_hugging_face(base)
-        _check_generation_config(base)
+            hugging_face.check_folder(base)
+        hugging_face.check_generation_config(base)
     if manifest.kind != "full":
         _check_parts(path, manifest, base)
     return manifest, processor, base
@@ -234,7 +231,7 @@ def save_full(path: Path, model: Any, processor: Any, *, chat_format: str, **fac
     """Write a stock Hugging Face folder with its manifest. ``facts``: further fields of the manifest."""
 
     def write(folder: Path) -> None:
-        normalise_generation_config(getattr(model, "generation_config", None))
+        hugging_face.normalise_generation_config(getattr(model, "generation_config", None))
         model.save_pretrained(folder)
 
     _save(path, write, processor, kind="full", chat_format=chat_format, **facts)
@@ -319,19 +316,6 @@ def resolve_base(folder: Path, manifest: Manifest) -> str | Path:
     return found
 
 
-def normalise_generation_config(config: Any) -> None:
-    """Drop sampling values from a greedy generation config, and values of beam search from one without beams:
-    transformers refuses to save the mixture (Vicuna ships it), and would do so only when training is over."""
-    if config is None:
-        return
-    if not config.do_sample:
-        for name in ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
-            if hasattr(config, name):
-                setattr(config, name, None)
-    if config.num_beams in (None, 1):
-        config.early_stopping = config.length_penalty = None
-
-
 def prove(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
     """Read a checkpoint back and compare every trained weight (named as in the model that was saved) bit by bit.
 
@@ -370,59 +354,6 @@ def projector_state(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def write_folder(path: Path, write: Callable[[Path], None], last: tuple[str, ...]) -> None:
-    """Let ``write`` fill a temporary folder, then put its files into ``path``; files named in ``last`` go there last,
-    and are removed first, so that a folder that has them is complete. Other files in ``path`` stay."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    try:
-        with full_disk_told(path):
-            write(temporary)
-        mask = _umask()
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~mask)  # the libraries leave weights readable by their owner alone
-        sync_folder(temporary)
-        if not path.exists():
-            temporary.chmod(0o777 & ~mask)
-            temporary.replace(path)
-            return
-        for name in last:
-            (path / name).unlink(missing_ok=True)
-        for file in sorted(temporary.iterdir(), key=lambda file: last.index(file.name) if file.name in last else -1):
-            file.replace(path / file.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Return when the folder's files, and the folder itself, are on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
-@contextmanager
-def full_disk_told(path: Path) -> Iterator[None]:
-    """Turn the libraries' own words for a full disk into the OSError that it is."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        if "os error 28" in str(error) or "unexpected pos" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def new_manifest(processor: Any, **facts: Any) -> Manifest:
     """A manifest of what is in memory now."""
     image_processor = processor.image_processor
@@ -438,6 +369,10 @@ def _save(path: Path, write: Callable[[Path], None], processor: Any, **facts: An
     manifest = new_manifest(processor, **facts)
     if manifest.chat_format in TEMPLATES:
         processor.chat_template = TEMPLATES[manifest.chat_format]
+
+    # Decides the ids after "</s>" (see PromptBuilder); transformers reads it, but leaves it out of what it writes.
+    if getattr(processor.tokenizer, "legacy", False):
+        processor.tokenizer.init_kwargs["legacy"] = True
 
     def write_all(folder: Path) -> None:
         transformers_logging.disable_progress_bar()
@@ -512,7 +447,7 @@ def _load_full(
     from transformers.utils import logging as transformers_logging
 
     if isinstance(source, Path):
-        _check_hugging_face(source)
+        hugging_face.check_folder(source)
     transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"quantization_config": quantization, "device_map": device} if quantization else {}
     if spread:
@@ -528,7 +463,7 @@ def _load_full(
     faults += [f"unexpected {name}" for name in sorted(report["unexpected_keys"])]
     faults += [f"mis-shaped {_mismatch(entry)}" for entry in report["mismatched_keys"]]
     refuse(str(source), faults)
-    normalise_generation_config(model.generation_config)
+    hugging_face.normalise_generation_config(model.generation_config)
     if spread:
         check_spread(source, model.hf_device_map)
     if quantization is None:
@@ -557,111 +492,12 @@ def _mismatch(entry: Any) -> str:
     return str(entry)
 
 
-def _load_processor(folder: Path) -> Any:
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its processor cannot be opened: {first_line(error)}") from error
-    if not hasattr(processor, "image_processor"):
-        raise CheckpointError(f"{folder}: it has a tokenizer but no image processor (preprocessor_config.json)")
-    # Folders of llava-hf before transformers 4.46 leave these two to the model's config.
-    config_file = folder / "config.json"
-    if processor.patch_size is None and config_file.is_file():
-        config = read_json(config_file)
-        processor.patch_size = config["vision_config"].get("patch_size", 14)
-        processor.vision_feature_select_strategy = config.get("vision_feature_select_strategy", "default")
-        processor.num_additional_image_tokens = 1 if "clip" in config["vision_config"].get("model_type", "") else 0
-    return processor
-
-
-def _check_hugging_face(folder: Path) -> None:
-    """Config and every weight file there and whole, before anything is loaded."""
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise CheckpointError(
-            f"{folder}: not a checkpoint; looked for {manifests.FILE} (this project's) and config.json (Hugging Face)"
-        )
-    kind = read_json(config_file).get("model_type")
-    if kind != "llava":
-        raise CheckpointError(f"{config_file}: model_type is {kind!r}, expected 'llava'")
-    index = folder / "model.safetensors.index.json"
-    weight_map = read_json(index)["weight_map"] if index.is_file() else {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(set(weight_map.values())) or ["model.safetensors"]:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: weight file {name} is missing")
-        shapes |= read_shapes(folder / name)
-    refuse(str(index), [f"missing {name}" for name in sorted(weight_map.keys() - shapes.keys())])
-    _check_widths(folder, read_json(config_file), shapes)
-    _check_tokenizer(folder)
-
-
-def _check_widths(folder: Path, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """The tensors where the parts meet, by the end of their names: versions of transformers differ in the beginning."""
-    vision, text = (config.get(part, {}).get("hidden_size") for part in ("vision_config", "text_config"))
-    vocabulary = config.get("text_config", {}).get("vocab_size")
-    layers = config.get("vision_feature_layer", -2)
-    width = vision * len(layers) if vision and isinstance(layers, list) else vision
-    expected = {
-        "multi_modal_projector.linear_1.weight": (text, width), "multi_modal_projector.linear_2.weight": (text, text),
-        "language_model.model.embed_tokens.weight": (vocabulary, text),
-    }
-    for name, found in shapes.items():
-        wanted = next((shape for end, shape in expected.items() if name.endswith(end)), None)
-        if wanted and None not in wanted and found != wanted:
-            refuse(str(folder), [f"mis-shaped {name} (file {found}, config.json {wanted})"])
-
-
-def _check_tokenizer(folder: Path) -> None:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise CheckpointError(f"{folder}: it has no tokenizer; looked for {', '.join(TOKENIZER_FILES)}")
-
-
-def _check_generation_config(folder: Path) -> None:
-    from transformers import GenerationConfig
-
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return
-    try:
-        config = GenerationConfig.from_pretrained(folder)
-        normalise_generation_config(config)
-        config.validate(strict=True)
-    except (ValueError, TypeError, OSError) as error:
-        raise CheckpointError(
-            f"{file}: a model with these settings cannot be saved again ({first_line(error)}); correct or remove it"
-        ) from error
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a file's tensors, from its header. Raises CheckpointError if the file is cut off or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or cut off ({first_line(error)})") from error
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or cut off ({first_line(error)})") from error
-
-
 def _check_parts(folder: Path, manifest: Manifest, base: str | Path) -> None:
     """Compare the headers of a projector or LoRA folder's files with the base, so that a misfit is told before
     gigabytes are read."""
     projector = read_shapes(folder / PROJECTOR_FILE)
     model = skeleton(base, manifest.revision)
-    own = _shapes(model.model.multi_modal_projector.state_dict())
+    own = shapes_of(model.model.multi_modal_projector.state_dict())
     weight = projector.get("linear_1.weight")
     if weight is not None and weight != own["linear_1.weight"]:
         raise CheckpointError(
@@ -679,28 +515,14 @@ def _check_parts(folder: Path, manifest: Manifest, base: str | Path) -> None:
         )
     if manifest.tower_trained:
         tower = read_shapes(folder / TOWER_FILE)
-        every = _shapes(model.model.vision_tower.state_dict())
+        every = shapes_of(model.model.vision_tower.state_dict())
         refuse(str(folder / TOWER_FILE), misfits({k: v for k, v in every.items() if k in tower}, tower))
     if manifest.kind == "lora":
         found = read_shapes(folder / ADAPTER_FILES[1])
         from peft import get_peft_model_state_dict
 
-        expected = _shapes(get_peft_model_state_dict(add_adapters(model, folder)))
+        expected = shapes_of(get_peft_model_state_dict(add_adapters(model, folder)))
         refuse(str(folder / ADAPTER_FILES[1]), misfits(expected, found))
-
-
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: Path, *, partly: bool = False) -> None:
-    """Copy ``tensors``, all of the module's or with ``partly`` some, into it. Raises CheckpointError naming misfits."""
-    own = module.state_dict()
-    expected = {name: tensor for name, tensor in own.items() if name in tensors} if partly else own
-    refuse(str(source), differences(expected, tensors))
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
@@ -712,26 +534,3 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     refuse(str(folder / ADAPTER_FILES[1]), differences(expected, tensors))
     set_peft_model_state_dict(wrapped, tensors)
     return wrapped
-
-
-def differences(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:
-    """Tensors that are missing, unexpected or mis-shaped, by name."""
-    return misfits(_shapes(expected), _shapes(found))
-
-
-def misfits(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """:func:`differences`, given the shapes."""
-    faults = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    faults += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
-    faults += [
-        f"mis-shaped {name} (file {found[name]}, model {expected[name]})"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name] != expected[name]
-    ]
-    return faults
-
-
-def refuse(source: str, faults: list[str]) -> None:
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise CheckpointError(f"{source}: tensors do not match the model: {'; '.join(faults[:5])}{more}")

@@ -27,6 +27,7 @@ from medllava.model import checkpoint, manifest
 from medllava.model.manifest import Padding
 from medllava.model.pixels import square_padding
 from medllava.model.prompt import TEMPLATES
+from medllava.model.tensors import differences, read_tensors, refuse
 from medllava.model.tower import extra_tokens, open_tower
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def _weights(folder: Path) -> Tensors:
         raise CheckpointError(f"{folder}: no weights; looked for model.safetensors and pytorch_model.bin, also split")
     tensors: Tensors = {}
     for file in files:
-        tensors |= checkpoint.read_tensors(file) if file.suffix == ".safetensors" else _pickled(file)
+        tensors |= read_tensors(file) if file.suffix == ".safetensors" else _pickled(file)
     return _renamed(tensors)
 
 
@@ -186,7 +187,7 @@ def _merge_adapter(tensors: Tensors, adapter: Path, source: Path) -> None:
     settings = read_json(source / checkpoint.ADAPTER_FILES[0])
     rank = float(settings["r"])
     scale = float(settings["lora_alpha"]) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    raw = checkpoint.read_tensors(adapter) if adapter.suffix == ".safetensors" else _pickled(adapter)
+    raw = read_tensors(adapter) if adapter.suffix == ".safetensors" else _pickled(adapter)
     parts = _renamed({re.sub(r"\.lora_([AB])\.default\.", r".lora_\1.", name): value for name, value in raw.items()})
     down = {name: value for name, value in parts.items() if name.endswith(".lora_A.weight")}
     up = {name: value for name, value in parts.items() if name.endswith(".lora_B.weight")}
@@ -269,7 +270,7 @@ def _assembled(
     for name, tensor in state.items():
         bare = name.removeprefix("vision_model.")
         tensors[prefix + ("vision_model." if nested else "") + bare] = tensor
-    checkpoint.refuse(str(source), checkpoint.differences(own, tensors))
+    refuse(str(source), differences(own, tensors))
     model.load_state_dict(tensors, assign=True)
     model.config.dtype = tensors[embedding].dtype
 
@@ -312,7 +313,7 @@ def _use_own_tower(source: Path, config: dict[str, Any], tensors: Tensors, tower
     if not own:
         return
     state = {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
-    checkpoint.refuse(f"{source} (vision tower)", checkpoint.differences(state, own))
+    refuse(f"{source} (vision tower)", differences(state, own))
     if config.get("unfreeze_mm_vision_tower"):
         with torch.no_grad():
             for name, value in state.items():

@@ -101,6 +101,7 @@ class PromptBuilder:
         # SentencePiece models of the Llama family put a space in front of every stretch they are given.
         first = tokenizer.tokenize("a")
         self._space = bool(first) and first[0].startswith(_SPACE)
+        self._keeps_space = bool(getattr(tokenizer, "legacy", False))
         special = {str(token) for token in tokenizer.all_special_tokens}
         special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         ends = sorted(special - {image_token}, key=len, reverse=True)
@@ -332,7 +333,8 @@ class PromptBuilder:
 
         In LLaVA's own formats a SentencePiece vocabulary is used as the released weights were trained with it
         (transformers 4.31): a space goes in front of the stretch even where one is there, and what follows ``</s>`` is
-        tokenized as if alone, but loses that space (``US`` ``ER``, where later versions give ``USER``).
+        tokenized as if alone, but loses that space (``US`` ``ER``, where later versions give ``USER``) unless the
+        tokenizer's files say ``legacy``.
         """
         if not self._space or self.chat_format not in ("plain", "vicuna_v1"):
             yield from self._offsets(stretch)
@@ -340,9 +342,9 @@ class PromptBuilder:
         end_token = self.tokenizer.eos_token
         at = 0
         for number, piece in enumerate(re.split(f"(?<={re.escape(end_token)})", stretch)):
-            added = int(piece.startswith(" "))
+            added = int(piece.startswith((" ", _SPACE)))
             for place, (token, start, end) in enumerate(self._offsets(" " * added + piece)):
-                if number and not added and not place:
+                if number and not added and not place and not self._keeps_space:
                     token = self._without_space(token)
                 yield token, at + max(start - added, 0), at + max(end - added, 0)
             at += len(piece)

@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from medllava.errors import CheckpointError, ConfigError
 from medllava.jsonl import write_json
-from medllava.model.checkpoint import write_folder
 from medllava.model.embeddings import ImageTextEncoder, Tokens, load_encoder, unit
+from medllava.model.folders import write_folder
 from medllava.model.image_text import ImageText
 from medllava.model.pixels import pixel_values
 from medllava.train.augment import choose_variant, flip_pixels, flip_text

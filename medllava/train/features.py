@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from medllava.errors import DataError
 from medllava.jsonl import file_sha256
-from medllava.model.checkpoint import full_disk_told
+from medllava.model.folders import full_disk_told
 from medllava.regions import marked_name, named_mark
 from medllava.train.augment import flip_pixels
 

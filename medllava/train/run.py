@@ -30,6 +30,7 @@ from medllava.errors import ConfigError
 from medllava.jsonl import atomic_write, file_sha256, read_json, write_json
 from medllava.model import checkpoint, manifest, tiny
 from medllava.model.embeddings import load_encoder
+from medllava.model.folders import full_disk_told
 from medllava.model.image_text import data_sha256, read_image_texts
 from medllava.model.pixels import tokens_per_image
 from medllava.model.prompt import PromptBuilder
@@ -242,7 +243,7 @@ def _fit_all(
 def _write_part(module: Any, file: Path) -> None:
     """Keep a finished part of stage 0; its training state is no longer needed."""
     temporary = file.with_suffix(".part")
-    with checkpoint.full_disk_told(file):
+    with full_disk_told(file):
         save_file({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}, temporary)
     temporary.replace(file)
     Saves(file.parent).clear()

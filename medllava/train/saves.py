@@ -16,7 +16,7 @@ from pathlib import Path
 
 from medllava.errors import CheckpointError, MedllavaError
 from medllava.jsonl import read_json, write_json
-from medllava.model.checkpoint import full_disk_told, sync_folder
+from medllava.model.folders import full_disk_told, sync_folder
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.record import row, write_result
 from medllava.jsonl import read_json, read_rows, write_json
+from medllava.processes import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "gpu_train.json"
@@ -190,7 +190,7 @@ def _run(
         return dict(read_json(result))
     out = work / f"run-{name}"
     subprocess.run(["rm", "-rf", str(out)], check=True)
-    settings = ["optim.epochs=null", f"workers={0 if tiny else min(8, os.cpu_count() or 1)}", "save_every=1000000"]
+    settings = ["optim.epochs=null", f"workers={0 if tiny else min(8, usable_cores())}", "save_every=1000000"]
     settings += ["picture_group=1"]  # the set has 32 pictures, so nearly every sample could share one
     if tiny:
         settings += ["precision=float32", "lora.r=8"]

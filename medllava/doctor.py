@@ -23,6 +23,7 @@ from pathlib import Path
 
 import medllava
 from medllava.errors import run_cli
+from medllava.processes import usable_cores
 
 MODULES = {
     "flash-attn": "flash_attn", "gradio_image_annotation": "gradio_image_annotation", "jinja2": "jinja2",
@@ -134,7 +135,7 @@ def _python() -> Finding:
 def devices() -> list[Finding]:
     """Processor, memory and accelerators that torch can use, or why it cannot."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0.0
-    found = [Finding("cpu", "ok", f"{os.cpu_count()} cores, {memory:.0f} GB of memory")]
+    found = [Finding("cpu", "ok", f"{usable_cores()} cores, {memory:.0f} GB of memory")]
     try:
         import torch
     except (ImportError, OSError) as error:

@@ -9,9 +9,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 _SET_PARENT_DEATH_SIGNAL = 1
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
@@ -79,5 +81,19 @@ def deaf_children() -> Iterator[None]:
 
 
 def usable_cores() -> int:
-    """How many cores this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use, which can be fewer than the machine has: it may be bound to some (Slurm,
+    taskset), or a container may have a share of the time of all (``docker --cpus``; cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *_quotas(_CGROUP, _CGROUPS)]))
+
+
+def _quotas(told: Path, groups: Path) -> Iterator[int]:
+    """Cores, rounded up, that each of the groups over this process may keep busy, where there is a limit."""
+    with suppress(OSError):
+        for line in told.read_text().splitlines():
+            if line.startswith("0::/"):
+                own = groups / line.removeprefix("0::/")
+                for folder in (own, *own.parents[: len(own.parts) - len(groups.parts)]):
+                    with suppress(OSError, ValueError):  # The root has no such file; "max" is no number.
+                        quota, period = (folder / "cpu.max").read_text().split()
+                        yield -(-int(quota) // int(period))

@@ -21,6 +21,7 @@ from PIL import Image
 
 from medllava.errors import DataError
 from medllava.images import load_image
+from medllava.processes import usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def look_at(names: Iterable[str], folder: Path, *, cache: bool = True) -> dict[s
                 unknown.append(name)
             else:
                 found[name] = kept
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             looked = pool.map(lambda name: _look(paths[name], str(folder / name)), unknown)
             bar = tqdm(looked, total=len(unknown), desc="images", unit="", disable=not unknown, mininterval=0.5)
             for name, facts in zip(unknown, bar, strict=True):

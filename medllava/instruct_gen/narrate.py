@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from medllava.errors import ConfigError, DataError
 from medllava.jsonl import atomic_write, read_rows, to_line, write_json, write_records
-from medllava.processes import end_with_parent
+from medllava.processes import end_with_parent, usable_cores
 
 if TYPE_CHECKING:
     from medllava.instruct_gen.narrator import Options
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
         print("pictures left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.most_common()))
     if counts["same_views"]:
         print(f"{counts['same_views']} narratives show a view that their video showed before (same_view_as)")
-    if len(tasks) == 1 and (args.workers or os.cpu_count() or 1) > 1:
+    if len(tasks) == 1 and (args.workers or usable_cores()) > 1:
         print("one video is worked on by one process; several would be shared out")
     if no_box:
         print("without a box: " + ", ".join(f"{count} {reason}" for reason, count in no_box.most_common()))
@@ -194,7 +194,7 @@ def _results(tasks: list[Task], args: argparse.Namespace) -> Iterator[tuple[Task
 
         yield from work_on_ray(tasks, narrate_one, args.out, args.ray, args.workers)
         return
-    workers = min(args.workers or os.cpu_count() or 1, len(tasks))
+    workers = min(args.workers or usable_cores(), len(tasks))
     if workers <= 1:
         for task in tasks:
             yield task, narrate_one(task)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medllava.errors import ConfigError, MissingExtraError, run_cli
+from medllava.processes import usable_cores
 
 if TYPE_CHECKING:
     from medllava.phantom.session import Settings
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--questions", action="store_true", help="the narrator asks questions, and answers most of them (default: no)"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: one a core)")
     arguments = parser.parse_args(argv)
     _check(arguments)
     _require("cv2", "av")

@@ -101,7 +101,8 @@ class PromptBuilder:
         # SentencePiece models of the Llama family put a space in front of every stretch they are given.
         first = tokenizer.tokenize("a")
         self._space = bool(first) and first[0].startswith(_SPACE)
-        self._keeps_space = bool(getattr(tokenizer, "legacy", False))
+        # Transformers may open a folder as a general class, which only knows what the folder's file says.
+        self._keeps_space = bool(getattr(tokenizer, "legacy", tokenizer.init_kwargs.get("legacy")))
         special = {str(token) for token in tokenizer.all_special_tokens}
         special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         ends = sorted(special - {image_token}, key=len, reverse=True)

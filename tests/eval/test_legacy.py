@@ -19,6 +19,7 @@ from medllava.eval.legacy import normalise, pmc_eval, quilt_eval, quilt_gpt_summ
 
 TABLES = Path(os.environ.get("MEDLLAVA_PARITY", Path(__file__).parents[3] / "shared" / "parity")) / "metrics"
 SETS = sorted(path.name.removesuffix(".expected.json") for path in TABLES.glob("*[0-9].expected.json"))
+REVIEWS = sorted(path.name.removesuffix(".expected.txt") for path in TABLES.glob("gpt_summary/*.expected.txt"))
 needs_tables = pytest.mark.skipif(not SETS, reason="no tables of the original scripts here (MEDLLAVA_PARITY)")
 
 
@@ -66,7 +67,7 @@ def test_the_originals_tables(name: str, tmp_path: Path) -> None:
 
 
 @needs_tables
-@pytest.mark.parametrize("name", ["Qreview-gpt4", "Qreview-gpt4-liuhaotian"])
+@pytest.mark.parametrize("name", REVIEWS or ["none"])
 def test_the_originals_judge_summary(name: str, tmp_path: Path) -> None:
     folder = TABLES / "gpt_summary"
     reviews = tmp_path / f"{name}.jsonl"

@@ -20,8 +20,9 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 from PIL import Image, ImageDraw
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -40,6 +41,16 @@ from medllava.serve.intake import Limits
 from medllava.serve.worker import listen
 
 PAUSE_S = 0.02
+PATIENCE_S = 60.0
+"""How long a test waits for what must come. Nothing that passes takes as long; a busy machine may."""
+expect.set_options(timeout=1000 * PATIENCE_S)
+
+
+@pytest.fixture(autouse=True)
+def patient_httpx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that names no limit waits for longer than httpx's 5 s."""
+    for phase in ("connect", "read", "write", "pool"):
+        monkeypatch.setattr(DEFAULT_TIMEOUT_CONFIG, phase, PATIENCE_S)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -125,7 +136,10 @@ class ScriptedAnswerer:
     num_image_tokens: int = 16
     think_s: float = 2.0
     pause_s: float = PAUSE_S
-    """Between two words."""
+    """Before each word. A test that needs an answer under way makes it long, and short again when it has seen enough:
+    what takes a second on an idle machine may be over before a busy one has looked."""
+    words: int = 0
+    """Made so far, of all answers."""
     manifest: Any = field(default_factory=lambda: SimpleNamespace(
         base=None, chat_format="medllava", regions=("text",), training_mpp=0.5, image_size=96, single_exchange=False
     ))
@@ -172,6 +186,7 @@ class ScriptedAnswerer:
         try:
             for word in said:
                 time.sleep(self.pause_s)
+                self.words += 1
                 yield word
         except GeneratorExit:
             self.stopped_at.append(time.monotonic())
@@ -194,10 +209,11 @@ class ScriptedAnswerer:
 
 @dataclass(eq=False)
 class ScriptedLooker:
-    """Says that each answer came from the upper right cell; takes ``steps`` steps."""
+    """Says that each answer came from the upper right cell; takes ``steps`` steps of ``pause_s``."""
 
     asked: list[tuple[list[Image.Image], list[Turn], str, dict[str, Any]]] = field(default_factory=list)
     steps: int = 3
+    pause_s: float = PAUSE_S
 
     def prepare(
         self, images: Sequence[Image.Image], turns: Sequence[Turn], answer: str, **options: Any
@@ -248,7 +264,7 @@ class ScriptedLookingBatch:
         return rows
 
     def step(self) -> None:
-        time.sleep(PAUSE_S)
+        time.sleep(self.looker.pause_s)
         if any("too much memory" in row.question.answer for row in self.rows):
             raise OutOfMemoryError("CUDA out of memory")
         for row in self.rows:
@@ -273,20 +289,23 @@ StartWorker = Callable[..., RunningWorker]
 
 @pytest.fixture
 def start_worker() -> Iterator[StartWorker]:
-    """Start workers with a scripted model. ``load_s`` delays the loading, ``load`` brings another model, the other
-    arguments go to ``create_app``."""
+    """Start workers with a scripted model. The loading waits for the event ``until``, ``load`` brings another model,
+    the other arguments go to ``create_app``."""
     stops: list[Callable[[], None]] = []
 
-    def start(*, load: Callable[[], Any] | None = None, load_s: float = 0.0, **options: Any) -> RunningWorker:
+    def start(
+        *, load: Callable[[], Any] | None = None, until: threading.Event | None = None, **options: Any
+    ) -> RunningWorker:
         model = ScriptedAnswerer()
 
         def load_scripted() -> list[Any]:
-            time.sleep(load_s)
+            if until:
+                until.wait(PATIENCE_S)
             return [load()] if load else [model]
 
         url, stop = serve_in_thread(create_app(load_scripted, **options))
         stops.append(stop)
-        if not load_s:
+        if not until:
             wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
         return RunningWorker(url, model, stop)
 
@@ -351,7 +370,7 @@ def serve_in_thread(app: Any, port: int = 0) -> tuple[str, Callable[[], None]]:
 
     def stop() -> None:
         server.should_exit = True
-        thread.join(10)
+        thread.join(PATIENCE_S)
         listener.close()
 
     return f"http://127.0.0.1:{listener.getsockname()[1]}", stop
@@ -391,7 +410,7 @@ def wait() -> Callable[..., None]:
     return wait_until
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
     """Wait until a condition holds; an HTTP error counts as not yet."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -402,6 +421,23 @@ def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
             pass
         time.sleep(0.02)
     raise AssertionError(f"not within {seconds} s")
+
+
+@pytest.fixture
+def within() -> Callable[..., None]:
+    """Check that a condition holds within some seconds of the end of what begins it. On a busy machine the scheduler
+    may take these seconds, not the program: each of three tries must come to its end, and one of them in time."""
+
+    def check(seconds: float, begin: Callable[[], object], true: Callable[[], bool]) -> None:
+        took: list[float] = []
+        while not took or took[-1] >= seconds:
+            assert len(took) < 3, f"took {took} s, not {seconds}"
+            begin()
+            began = time.monotonic()
+            wait_until(true)
+            took.append(time.monotonic() - began)
+
+    return check
 
 
 @pytest.fixture
@@ -481,7 +517,7 @@ def tab(browser: Browser) -> Iterator[Page]:
     page.on("request", lambda request: None if local.match(request.url) else outside.append(request.url))
     page.on("pageerror", lambda error: None if str(error).startswith("AbortError") else errors.append(str(error)))
     page.on("console", lambda said: errors.append(said.text) if said.type == "error" and real(said) else None)
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(1000 * PATIENCE_S)
     yield page
     page.close()
     assert outside == []

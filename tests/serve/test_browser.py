@@ -13,6 +13,7 @@ import io
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,6 @@ from medllava.images import draw_boxes, load_image, to_data_uri
 from medllava.model.answerer import Answerer
 from medllava.phantom.tissue import Finding, render_tissue, sample_field, sample_stain
 from medllava.serve.session import Picture
-
-expect.set_options(timeout=20_000)
 
 Wait = Callable[..., None]
 Serve = Callable[..., str]
@@ -218,13 +217,15 @@ def test_each_fault_has_its_own_message(
     expect(tab.locator(".dot.unreachable")).to_be_visible()
     messages.append(last_answer(tab).inner_text())
 
-    slow = start_worker(load_s=4)
+    loaded = threading.Event()
+    slow = start_worker(until=loaded)
     tab.goto(serve(slow.url))
     ask(tab, "hello")
     expect(last_answer(tab)).to_contain_text("still loading")
     messages.append(last_answer(tab).inner_text())
     assert len(set(messages)) == 5
     assert not any("traffic" in message.lower() for message in messages)
+    loaded.set()
     expect(tab.locator(".dot.ready")).to_be_visible()
     ask(tab, "and now?")
     expect(last_answer(tab)).to_contain_text("A gland.")
@@ -234,8 +235,8 @@ def test_a_slow_worker_still_answers(
     worker: Any, serve: Serve, tab: Page, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first token comes after the stream has started with heartbeats."""
-    monkeypatch.setattr("medllava.serve.app.FIRST_PIECE_S", 0.5)
-    monkeypatch.setattr("medllava.serve.app.HEARTBEAT_S", 0.5)
+    monkeypatch.setattr("medllava.serve.app.FIRST_PIECE_S", 0.2)
+    monkeypatch.setattr("medllava.serve.app.HEARTBEAT_S", 0.2)
     worker.answerer.think_s = 4.0
     tab.goto(serve(worker.url))
     ask(tab, "think first")
@@ -244,24 +245,33 @@ def test_a_slow_worker_still_answers(
 
 
 def test_stop_and_leaving_end_the_generation(
-    worker: Any, serve: Serve, tab: Page, browser: Browser, wait: Wait
+    worker: Any, serve: Serve, tab: Page, browser: Browser, within: Wait
 ) -> None:
     address = serve(worker.url)
     tab.goto(address)
-    ask(tab, "tell a long story")
-    expect(last_answer(tab)).to_contain_text("and then and then")
-    tab.click("#stop")
-    wait(lambda: len(worker.answerer.stopped_at) == 1, seconds=2)
+
+    def tell(page: Page) -> None:
+        expect(page.locator("#chat .chat[data-busy=no]")).to_be_attached()
+        worker.answerer.stopped_at.clear()
+        ask(page, "tell a long story")
+        expect(last_answer(page)).to_contain_text("and then and then")
+
+    def stop() -> None:
+        tell(tab)
+        tab.click("#stop")
+
+    within(2, stop, lambda: bool(worker.answerer.stopped_at))
     expect(last_answer(tab)).to_contain_text("(stopped)")
     ask(tab, "What is here?")
     expect(last_answer(tab)).to_contain_text("A gland.")
 
-    other = browser.new_page()
-    other.goto(address)
-    ask(other, "tell a long story")
-    expect(last_answer(other)).to_contain_text("and then and then")
-    other.close()
-    wait(lambda: len(worker.answerer.stopped_at) == 2, seconds=2)
+    def leave() -> None:
+        other = browser.new_page()
+        other.goto(address)
+        tell(other)
+        other.close()
+
+    within(2, leave, lambda: bool(worker.answerer.stopped_at))
 
 
 def test_two_workers_come_and_go(start_worker: Any, serve: Serve, tab: Page, wait: Wait) -> None:
@@ -320,19 +330,22 @@ def test_nothing_of_a_chat_is_left_behind(
 
 
 def test_a_closed_page_is_forgotten(worker: Any, serve: Serve, browser: Browser, tissue: Path, wait: Wait) -> None:
-    def pictures() -> int:
+    def pictures() -> list[Picture]:
         gc.collect()
-        return sum(type(thing) is Picture for thing in gc.get_objects())
+        return [thing for thing in gc.get_objects() if type(thing) is Picture]
 
-    before = pictures()
+    def new() -> int:
+        return sum(all(one is not old for old in before) for one in pictures())
+
+    before = pictures()  # of other tests' pages, which may close at any moment
     tab = browser.new_page()
     tab.goto(serve(worker.url))
     open_image(tab, tissue)
     ask(tab, "Where is the gland?")
     expect(tab.locator("#chat .phrase")).to_have_count(1)
-    assert pictures() == before + 1
+    assert new() == 1
     tab.close()
-    wait(lambda: pictures() == before)
+    wait(lambda: new() == 0)
 
 
 @pytest.mark.skipif("MEDLLAVA_SCREENSHOT_MODEL" not in os.environ, reason="for the README: see the top of this file")

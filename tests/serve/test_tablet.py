@@ -17,7 +17,7 @@ Serve = Callable[..., str]
 def upright(browser: Browser) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 768, "height": 1024}, has_touch=True, is_mobile=True)
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     yield page
     context.close()
 

@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from medllava.model.hub import local_folder
     from medllava.train.loop import STOPPED, Stopped
-    from medllava.train.run import Paths, run
+    from medllava.train.record import Paths
+    from medllava.train.run import run
 
     start = local_folder(given.init_from) if given.init_from else None
     paths = Paths(given.data, images, given.out, start, given.eval_data, given.captions)

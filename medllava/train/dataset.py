@@ -25,6 +25,7 @@ from medllava.model.prompt import IGNORE, Prompt, PromptBuilder
 from medllava.regions import Way, as_mark, draw_mark, marked_name, named_mark
 from medllava.train.augment import choose_variant, flip_pixels, flip_text
 from medllava.train.batch import Batch, Example, collate, lay_out, pictures_within, share
+from medllava.train.config import Optim
 from medllava.train.features import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -307,6 +308,10 @@ class Order:
     def batches_per_epoch(self) -> int:
         total = sum(self.weights) if self.weights else self.count
         return max(1, math.ceil(total / self.batch_size))
+
+    def steps(self, optim: Optim) -> int:
+        """Length of a run, as ``optim`` says it: in steps, or in epochs."""
+        return optim.steps or max(1, math.ceil(float(optim.epochs or 0) * self.batches_per_epoch()))
 
 
 class Steps(Dataset[Any]):

@@ -206,3 +206,12 @@ def vision_features(model: Any, pixels: torch.Tensor | None) -> torch.Tensor:
     if config.vision_feature_select_strategy == "default":
         chosen = [state[:, 1:] for state in chosen]
     return torch.cat(chosen, dim=-1)
+
+
+def encoder_of(model: Any, accelerator: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Pixels (pictures, 3, side, side) to :func:`vision_features` on the CPU, without gradients."""
+    @torch.no_grad()
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        return vision_features(model, pixels.to(accelerator.device)).cpu()
+
+    return encode

@@ -88,6 +88,11 @@ def format_table(parts: Sequence[Part]) -> str:
     return "\n".join(lines)
 
 
+def count_parameters(module: nn.Module) -> int:
+    """Frozen ones, too."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def _part(name: str, module: nn.Module, rate: float | None) -> Part:
     parameters = list(module.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)

@@ -167,9 +167,9 @@ def test_throughput_and_mfu_are_logged_and_drawn(
     plot_loss(out / "old.jsonl", out / "old.png", "the log of an earlier version")
     assert 0 < (out / "old.png").stat().st_size != whole
     # With a known peak, the share of it.
-    from medllava.train import run
+    from medllava.train import run_tune
 
-    monkeypatch.setattr(run, "this_device", lambda: cost.Device("made up", 1e12, 1e9))
+    monkeypatch.setattr(run_tune, "this_device", lambda: cost.Device("made up", 1e12, 1e9))
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate takes one precision per process
     assert train(data, tmp_path / "gpu", stage0, "precision=bfloat16") == 0
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,4 +1,10 @@
-"""``python -m medllava.eval STEP``: fetch data, answer, score, judge, report, rescore, compare, overview, encoders."""
+"""``python -m medllava.eval STEP``: fetch data, answer, score, judge, report, rescore, compare, overview, encoders.
+
+example (each step takes --help):
+  medllava eval answer --benchmark phantom --questions demo-out/held-out/questions.jsonl \
+      --images demo-out/held-out/narrated --model-path demo-out/stage2 --out answers
+  medllava eval report --answers answers/answers.jsonl --out report
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ could not be asked, tried again by the next run), questions.jsonl (a copy) and r
 
 example:
   medllava eval answer --benchmark phantom --questions q/questions.jsonl --images q --model-path ckpt --out answers
-  medllava eval answer --benchmark quilt_vqa --questions quiltvqa_test_w_ans.json --images imgs
+  medllava eval answer --benchmark quilt_vqa --questions quiltvqa_test_w_ans.json --images imgs \
       --base-url http://127.0.0.1:8000/v1 --out answers
 """
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,12 +50,9 @@ class Paired:
 
 @dataclass(frozen=True)
 class Run:
-    """``texts``: the answers on real pictures, by question id."""
-
     name: str
     report: Report
     rows: list[Row]
-    texts: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -112,11 +109,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_of(name: str, file: Path, arguments: argparse.Namespace) -> Run:
-    from medllava.eval.score import read_answers, score_files
+    from medllava.eval.score import score_files
 
     report, rows = score_files(file, arguments.questions, seed=arguments.seed)
-    texts = {answer.question_id: answer.text for answer in read_answers(file) if answer.condition == "real"}
-    return Run(name, report, rows, texts)
+    return Run(name, report, rows)
 
 
 def _names(files: Sequence[Path]) -> list[str]:
@@ -242,8 +238,11 @@ def as_markdown(runs: Sequence[Run], tests: dict[str, dict[str, Paired]]) -> str
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    from medllava.eval.latex import markdown_cell
+
     aligned = "| --- |" + " ---: |" * (len(head) - 1)
-    return [f"| {' | '.join(head)} |", aligned, *(f"| {' | '.join(row)} |" for row in rows)]
+    lines = [f"| {' | '.join(map(markdown_cell, row))} |" for row in (head, *rows)]
+    return [lines[0], aligned, *lines[1:]]
 
 
 def as_latex(runs: Sequence[Run], tests: dict[str, dict[str, Paired]]) -> str:
@@ -280,7 +279,7 @@ def disagreements(runs: Sequence[Run]) -> list[Disagreement]:
         outcomes = [outcome(row) for row in rows]
         if len(rows) < len(runs) or len({each == "right" for each in outcomes}) < 2:
             continue
-        texts = [run.texts.get(name, "") for run in runs]
+        texts = [row.text for row in rows]
         boxes = [first_box(text) if first.question.kind == "box" else None for text in texts]
         found.append(Disagreement(first.question, tuple(outcomes), tuple(texts), tuple(boxes)))
     return found

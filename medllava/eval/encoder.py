@@ -76,8 +76,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         " resample whole cases (default: each picture, or its video, is one)",
     )
     parser.add_argument("--out", type=Path, help="JSON to write")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures or texts at once (default %(default)s)")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best one)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the probe's split; default 0")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,20 +34,22 @@ def outcome(row: Row) -> str:
     return "right" if next(iter(row.scores.values()), 0.0) >= _RIGHT_AT.get(row.question.kind, 1.0) else "wrong"
 
 
-def items(rows: Sequence[Row], texts: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
-    """One item for each question, on its own picture; ``others`` are its answers without it. ``texts``: by question id
-    and condition."""
+def items(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One item for each question, on its own picture; ``others`` are its answers without it, ``reply`` is what
+    :class:`~medllava.eval.records.Replies` counts it as."""
+    from medllava.eval.rotation import steps
     from medllava.eval.vqa import first_box
 
     others: dict[str, dict[str, str]] = {}
-    for (name, condition), text in texts.items():
-        if condition != "real" and not condition.startswith("rotated_"):
-            others.setdefault(name, {})[condition] = text
+    for row in rows:
+        if row.answered and row.condition != "real" and not steps(row.condition):
+            others.setdefault(row.question.id, {})[row.condition] = row.text
     found = []
     for row in rows:
         if row.condition != "real":
             continue
-        question, text = row.question, texts.get((row.question.id, "real"), "")
+        question, text = row.question, row.text
+        counted = {"empty": row.empty, "looping": row.looping, "cut off": row.cut_off}
         answered = first_box(text)
         item = {
             "id": question.id, "outcome": outcome(row), "kind": question.kind, "categories": question.categories,
@@ -55,8 +57,9 @@ def items(rows: Sequence[Row], texts: Mapping[tuple[str, str], str]) -> list[dic
             "reason": row.reason if row.read is None or question.kind in {"box", "open"} else "",
             "box": question.box and question.box.as_tuple(), "answered": answered and answered.as_tuple(),
             "sure": row.confidence and round(row.confidence, 3), "others": others.get(question.id),
+            "reply": [name for name, so in counted.items() if so],
         }
-        found.append({key: value for key, value in item.items() if value not in (None, "", {})})
+        found.append({key: value for key, value in item.items() if value not in (None, "", {}, [])})
     return found
 
 

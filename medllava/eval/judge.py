@@ -340,7 +340,7 @@ def read_judgement(text: str) -> tuple[int, str]:
 
 def summarise(questions: Sequence[Question], verdicts: Sequence[Verdict], provenance: dict[str, Any]) -> Report:
     """Mean score 0..1 per condition with its interval; no value where too many judgements are missing."""
-    from medllava.eval.metrics import estimate
+    from medllava.eval.metrics import metric_of
 
     groups = {question.id: question.group for question in questions}
     found: dict[str, Metric] = {}
@@ -356,8 +356,7 @@ def summarise(questions: Sequence[Question], verdicts: Sequence[Verdict], proven
             )
             found[condition] = Metric(value=None, low=None, high=None, n=len(scored), unscored=missing)
             continue
-        mean = estimate([score for score, _ in scored], [group for _, group in scored])
-        found[condition] = Metric(value=mean.value, low=mean.low, high=mean.high, n=len(scored), unscored=missing)
+        found[condition] = metric_of([score for score, _ in scored], [group for _, group in scored], missing)
     none = Metric(value=None, low=None, high=None, n=0)
     return Report(
         metrics={"judge": found.pop("real", none)},

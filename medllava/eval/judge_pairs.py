@@ -237,7 +237,7 @@ def figures(
     consistent = [float(bool(row.consistent)) for row in rows if row.points is not None]
     consistent_groups = [questions[row.question_id].group for row in rows if row.points is not None]
     rate = bounded(list(wins), groups, estimate(list(wins), groups, seed=seed))
-    steady = estimate(consistent, consistent_groups, seed=seed)
+    steady = bounded(consistent, consistent_groups, estimate(consistent, consistent_groups, seed=seed))
 
     def ratio(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray((weights @ own) / (weights @ other))

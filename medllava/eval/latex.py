@@ -1,4 +1,4 @@
-"""Tables for papers: LaTeX with booktabs."""
+"""Tables for papers: LaTeX with booktabs, and the cells of Markdown."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def escape(text: str) -> str:
     """Text as LaTeX prints it; a star of significance stays."""
     parts = text.split(_STAR)
     return _STAR.join(re.sub(r"[&%_#${}~^\\]", lambda found: _SPECIAL[found.group()], part) for part in parts)
+
+
+def markdown_cell(text: str) -> str:
+    """Text for a cell of a Markdown table, which a bar or a line break would end."""
+    return " ".join(text.replace("|", r"\|").split())
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:

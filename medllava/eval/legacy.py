@@ -11,8 +11,8 @@ faults that are kept on purpose:
   place of an anchor's row only, never at its question, and ends where the anchors end.
 - ``quilt_gpt_summarize``: failed judgements (-1) are averaged in; it ends where the shorter of its two files ends.
 
-One fault is not kept: a set without open questions (or, for ``pmc_eval``, without pictures) gives None for them instead
-of stopping.
+One fault is not kept: where the originals stop at a division by zero (a set without open questions; for ``pmc_eval``,
+without pictures; for ``quilt_gpt_summarize``, a first mean of 0) there is None.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from medllava.errors import ConfigError, DataError
+from medllava.eval.tables import tell_half_line
 from medllava.jsonl import read_json, read_rows
 
 log = logging.getLogger(__name__)
@@ -41,23 +42,24 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if arguments.context is None:
             raise ConfigError("--legacy quilt_gpt_summarize needs the captions file: --context FILE")
         with _of_files(arguments.answers, arguments.context):
-            captions = _rows(arguments.context)
-            title = arguments.answers.name.replace("gpt4_text_", "").replace(".jsonl", "")
-            return quilt_gpt_summarize(answers, captions), _summary_lines(title, _means(answers, captions))
+            means = mean_points(answers, _rows(arguments.context))
+        title = arguments.answers.name.replace("gpt4_text_", "").replace(".jsonl", "")
+        return relative_scores(means), _summary_lines(title, means)
     if arguments.questions is None:
         raise ConfigError(f"--legacy {arguments.legacy} needs the question file: --gt FILE")
     truth = read_json(arguments.questions)
     if not isinstance(truth, list) or not all(isinstance(row, dict) for row in truth):
         raise DataError(f"{arguments.questions}: the original scripts read one JSON list of objects")
-    _check_ids([row.get("id") for row in truth], answers, arguments.answers)
+    expected = _ids(truth, arguments.questions)
+    _check_ids(expected, answers, arguments.answers)
     anchor = _rows(arguments.anchor) if arguments.anchor else None
     with _of_files(arguments.questions, arguments.answers):
         if arguments.legacy == "pmc_eval":
             if anchor is not None:
-                _check_ids([row.get("id") for row in truth], anchor, arguments.anchor)
+                _check_ids(expected, anchor, arguments.anchor)
             result = pmc_eval(truth, answers, anchor)
             return result, _pmc_line(result)
-        if anchor and [row.get("question_id") for row in anchor] != [row.get("id") for row in truth]:
+        if anchor and [row.get("question_id") for row in anchor] != expected:
             log.warning(
                 "%s: its questions are not those of the answers, which the original does not look at; %d of %d rows are"
                 " scored", arguments.anchor, min(len(anchor), len(truth)), len(truth),
@@ -67,7 +69,16 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
+    tell_half_line(path)
     return [row for _, row in read_rows(path)]
+
+
+def _ids(rows: Sequence[dict[str, Any]], path: Path) -> list[Any]:
+    """Raises DataError where a row has none: without ids on both sides nothing would be compared."""
+    missing = next((number for number, row in enumerate(rows) if "id" not in row), None)
+    if missing is not None:
+        raise DataError(f"{path}: row {missing} has no 'id'")
+    return [row["id"] for row in rows]
 
 
 @contextmanager
@@ -93,7 +104,8 @@ def _row(number: int) -> Iterator[None]:
 def _check_ids(expected: Sequence[Any], answers: Sequence[dict[str, Any]], path: Path) -> None:
     given = [row.get("question_id") for row in answers]
     if given != list(expected):
-        place = next((n for n, pair in enumerate(zip(expected, given, strict=False)) if pair[0] != pair[1]), len(given))
+        short = min(len(expected), len(given))
+        place = next((n for n, pair in enumerate(zip(expected, given, strict=False)) if pair[0] != pair[1]), short)
         raise DataError(f"{path}: ids and their order must equal the question file's; they differ at row {place}")
 
 
@@ -273,29 +285,36 @@ def read_letter(text: str) -> str:
 # ------------------------------------------------------------------------------------------------- quilt_gpt_summarize
 
 
+Means = dict[str, tuple[float, float]]
+
+
 def quilt_gpt_summarize(reviews: Sequence[dict[str, Any]], captions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Relative score per category (``conv``, ``detail``), per type of tissue and for ``all``: 100 x the mean of the
     second score over the mean of the first, means rounded to 3 places, result to 1. Raises DataError where the two
     files are not of the same questions in the same order."""
-    return {key: _ratio(first, second) for key, (first, second) in _means(reviews, captions)}
+    return relative_scores(mean_points(reviews, captions))
+
+
+def relative_scores(means: Means) -> dict[str, float | None]:
+    """100 x the second mean over the first; None where that is no number, which JSON cannot hold."""
+    found = {key: _ratio(*pair) for key, pair in means.items()}
+    return {key: ratio if ratio is not None and math.isfinite(ratio) else None for key, ratio in found.items()}
 
 
 def _ratio(first: float, second: float) -> float | None:
-    return round(second / first * 100, 1) if first and math.isfinite(second / first) else None
+    return round(second / first * 100, 1) if first else None
 
 
-def _summary_lines(title: str, means: Iterable[tuple[str, tuple[float, float]]]) -> str:
+def _summary_lines(title: str, means: Means) -> str:
     """Relative score, and both means times ten."""
     lines = [title]
-    for key, (first, second) in means:
+    for key, (first, second) in means.items():
         ratio = _ratio(first, second)
         lines.append(f"{key} {'-' if ratio is None else ratio} {round(first * 10, 1)} {round(second * 10, 1)}")
     return "\n".join([*lines, "=" * 33])
 
 
-def _means(
-    reviews: Sequence[dict[str, Any]], captions: Sequence[dict[str, Any]]
-) -> Iterator[tuple[str, tuple[float, float]]]:
+def mean_points(reviews: Sequence[dict[str, Any]], captions: Sequence[dict[str, Any]]) -> Means:
     """Mean of the first and of the second score, rounded to 3 places, per category, type of tissue, and all."""
     pairs: dict[str, list[tuple[float, float]]] = {}
     for number, (review, caption) in enumerate(zip(reviews, captions, strict=False)):
@@ -314,6 +333,8 @@ def _means(
             keys = [review["category"], "all"] if "category" in review else ["all"]
             for key in (*keys, *([caption["type"]] if caption["type"] else [])):
                 pairs.setdefault(str(key), []).append((scores[0], scores[1]))
+    means: Means = {}
     for key in sorted(pairs):
         first, second = (round(_sum(column) / len(column), 3) for column in zip(*pairs[key], strict=True))
-        yield key, (first, second)
+        means[key] = (first, second)
+    return means

@@ -110,7 +110,8 @@ def bounded(scores: Sequence[float], groups: Sequence[str], found: Estimate) -> 
 
 @dataclass(frozen=True)
 class Row:
-    """One question under one condition: its metrics (None if it could not be scored), what was read, and why.
+    """One question under one condition: its metrics (None if it could not be scored), what was read, and why, and the
+    answer's ``text``.
     ``confidence``: the probability that the model gave what it answered, where it told one and right or wrong is all
     that there is."""
 
@@ -126,6 +127,7 @@ class Row:
     empty: bool = False
     looping: bool = False
     confidence: float | None = None
+    text: str = ""
 
 
 def grade_all(questions: Sequence[Question], answers: Iterable[Answer], failures: Iterable[Failure] = ()) -> list[Row]:
@@ -163,12 +165,12 @@ def _row(question: Question, condition: Condition, answer: Answer | None, failur
     try:
         graded = grade(as_asked(question, condition), answer.text)
     except DataError as error:
-        return Row(question, condition, None, None, str(error))
+        return Row(question, condition, None, None, str(error), text=answer.text)
     return Row(
         question, condition, graded.scores, graded.read, graded.reason,
         words=len(answer.text.split()), cut_off=answer.finish_reason == "length", abstained=abstains(answer.text),
         answered=True, empty=is_empty(answer.text), looping=loops(answer.text),
-        confidence=confidence(question, answer, graded.read),
+        confidence=confidence(question, answer, graded.read), text=answer.text,
     )
 
 
@@ -304,8 +306,8 @@ def calibrate(name: str, rows: Sequence[Row], *, bins: int = 10, seed: int = 0) 
 
 
 def metric_of(scores: Sequence[float], groups: Sequence[str], unscored: int = 0, seed: int = 0) -> Metric:
-    """A mean over scores, each of a group, as a Metric."""
-    found = estimate(scores, groups, seed=seed)
+    """A mean over scores from 0 to 1, each of a group, as a Metric."""
+    found = bounded(scores, groups, estimate(scores, groups, seed=seed))
     return Metric(value=found.value, low=found.low, high=found.high, n=len(scores), unscored=unscored)
 
 
@@ -335,10 +337,10 @@ def _rotation(rows: Sequence[Row], seed: int) -> tuple[dict[str, Metric], dict[s
         groups.append(question.group)
     found = {
         name: metric_of(values, groups, missing, seed)
-        for name, values in (
-            ("mean", means), ("same_answer", same), ("all_right", right), ("difference", moved)
-        )
+        for name, values in (("mean", means), ("same_answer", same), ("all_right", right))
     }
+    apart = estimate(moved, groups, seed=seed)
+    found["difference"] = Metric(value=apart.value, low=apart.low, high=apart.high, n=len(moved), unscored=missing)
     return found, {letter: count / letters.total() for letter, count in sorted(letters.items())}
 
 
@@ -396,7 +398,8 @@ def _baselines(name: str, questions: Sequence[Question]) -> dict[str, float]:
         except DataError:
             continue
         # Lettered options differ from question to question; what stays the same is their place in the list.
-        labels[str(question.choices.index(label)) if label in question.choices else label] += 1
+        lettered = label in question.choices and split_option(label) is not None
+        labels[str(question.choices.index(label)) if lettered else label.lower()] += 1
     if not labels:
         return {}
     if name in BALANCED:

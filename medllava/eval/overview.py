@@ -98,6 +98,8 @@ def _encoder(path: Path, value: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def as_markdown(lines: Sequence[dict[str, Any]], missing: Sequence[str]) -> str:
     """The table; benchmarks without a report last."""
+    from medllava.eval.latex import markdown_cell
+
     rows = [
         [
             line["benchmark"], line["model"], line["metric"], _number(line["value"]), _interval(line),
@@ -107,7 +109,7 @@ def as_markdown(lines: Sequence[dict[str, Any]], missing: Sequence[str]) -> str:
     ]
     rows += [[name, "not run", *[""] * (len(HEAD) - 2)] for name in missing]
     rule = ["---", "---", "---", *["---:"] * (len(HEAD) - 3)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (HEAD, rule, *rows))
+    return "".join(f"| {' | '.join(map(markdown_cell, cells))} |\n" for cells in (HEAD, rule, *rows))
 
 
 def _number(value: float | None, form: str = ".3f") -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     from medllava.eval.benchmarks import load_benchmark
     from medllava.eval.metrics import verdicts
     from medllava.eval.provenance import read_run
-    from medllava.eval.score import as_text, read_answers, score_files
+    from medllava.eval.score import as_text, score_files
     from medllava.jsonl import read_json, write_json, write_records
 
     answers = arguments.answers or arguments.out / "answers.jsonl"
@@ -77,12 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
         report = report.model_copy(update={"metrics": {**report.metrics, **judged.metrics}, "notes": notes})
     if arguments.gallery < 0 or arguments.gallery_mb < 0:
         raise ConfigError("--gallery and --gallery-mb must not be negative")
-    texts: dict[tuple[str, str], str] = {
-        (answer.question_id, answer.condition): answer.text for answer in read_answers(answers)
-    }
     title = arguments.title or f"Evaluation: {made.get('benchmark', {}).get('name', 'answers')}"
     write_report(
-        arguments.out, report, rows, texts, images or Path(made.get("images", answers.parent)), title=title,
+        arguments.out, report, rows, images or Path(made.get("images", answers.parent)), title=title,
         gallery=arguments.gallery, gallery_mb=arguments.gallery_mb, date=made.get("date"),
     )
     write_records(arguments.out / "verdicts.jsonl", verdicts(rows))
@@ -98,7 +94,6 @@ def write_report(
     out: Path,
     report: Report,
     rows: list[Row],
-    texts: Mapping[tuple[str, str], str],
     images: Path,
     *,
     title: str,
@@ -106,8 +101,8 @@ def write_report(
     gallery_mb: float = 20,
     date: str | None = None,
 ) -> None:
-    """Write chart.svg, report.md, report.tex and report.html into ``out``; ``texts`` maps question ids and conditions
-    to answers. ``gallery``: most answers in the page, ``gallery_mb``: of pictures."""
+    """Write chart.svg, report.md, report.tex and report.html into ``out``. ``gallery``: most answers in the page,
+    ``gallery_mb``: of pictures."""
     from medllava.eval.chart import bar_chart
     from medllava.jsonl import atomic_write
 
@@ -116,7 +111,7 @@ def write_report(
         ("chart.svg", chart),
         ("report.md", as_markdown(report, title)),
         ("report.tex", as_latex(report, title)),
-        ("report.html", _as_html(report, rows, texts, images, title, chart, gallery, gallery_mb, date)),
+        ("report.html", _as_html(report, rows, images, title, chart, gallery, gallery_mb, date)),
     ):
         with atomic_write(out / name) as file:
             file.write(text)
@@ -124,6 +119,7 @@ def write_report(
 
 def as_markdown(report: Report, title: str) -> str:
     """The tables and notes of the report as Markdown."""
+    from medllava.eval.latex import markdown_cell
     from medllava.eval.vqa import METRICS
 
     conditions = list(report.ablations)
@@ -173,11 +169,11 @@ def as_markdown(report: Report, title: str) -> str:
         lines += ["", f"Share of answers that say they cannot tell: {shares}."]
     for category, values in report.by_category.items():
         names = list(dict.fromkeys(name for found in values.values() for name in found))
-        lines += ["", f"## By {category}", "", f"| {category} | questions | {' | '.join(names)} |"]
+        lines += ["", f"## By {category}", "", f"| {markdown_cell(category)} | questions | {' | '.join(names)} |"]
         lines += ["| --- |" + " ---: |" * (len(names) + 1)]
         for value, by_name in values.items():
             cells = [number(by_name[name].value) if name in by_name else "" for name in names]
-            lines.append(f"| {value} | {_questions_of(by_name)} | {' | '.join(cells)} |")
+            lines.append(f"| {markdown_cell(value)} | {_questions_of(by_name)} | {' | '.join(cells)} |")
     lines += ["", "![Scores with the picture and without it](chart.svg)", "", "## What the metrics are", ""]
     lines += [f"- `{name}`: {METRICS[name]}" for name in report.metrics if name in METRICS]
     lines += ["", "## How the answers were made", ""]
@@ -239,8 +235,8 @@ def environment() -> Any:
 
 
 def _as_html(
-    report: Report, rows: list[Row], texts: Mapping[tuple[str, str], str], images: Path, title: str, chart: str,
-    gallery: int, gallery_mb: float, date: str | None,
+    report: Report, rows: list[Row], images: Path, title: str, chart: str, gallery: int, gallery_mb: float,
+    date: str | None,
 ) -> str:
     from medllava.eval.chart import LABELS, calibration_chart, category_chart
     from medllava.eval.gallery import SIDE, as_script, items, small_pictures
@@ -249,7 +245,7 @@ def _as_html(
     from medllava.eval.vqa import METRICS
 
     real = [row for row in rows if row.condition == "real"]
-    shown = items(rows, texts)[:gallery]
+    shown = items(rows)[:gallery]
     names = list(dict.fromkeys(item["picture"] for item in shown if "picture" in item))
     pictures = small_pictures(names, images, int(gallery_mb * 1e6))
     return str(environment().get_template("report.html").render(

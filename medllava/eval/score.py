@@ -108,7 +108,7 @@ def score_files(
     rows = grade_all(asked, given, failures)
     scoring: dict[str, Any] = {"resamples": RESAMPLES, "seed": seed, "unit": "group"}
     if bert:
-        rows = _with_bertscore(rows, given, *bert)
+        rows = _with_bertscore(rows, *bert)
         scoring["bertscore"] = {"model_sha256": provenance.folder_hash(bert[0]), "layer": bert[1]}
     made = provenance.read_run(answers)
     origin: dict[str, Any] = {
@@ -131,14 +131,13 @@ def score_files(
     return report, rows
 
 
-def _with_bertscore(rows: list[Row], answers: list[Answer], folder: Path, layer: int) -> list[Row]:
+def _with_bertscore(rows: list[Row], folder: Path, layer: int) -> list[Row]:
     from dataclasses import replace
 
     from medllava.model.bert_score import BertScorer
 
-    texts = {(answer.question_id, answer.condition): answer.text for answer in answers}
     places = [place for place, row in enumerate(rows) if row.question.kind == "open" and row.scores is not None]
-    said = [texts[rows[place].question.id, rows[place].condition] for place in places]
+    said = [rows[place].text for place in places]
     found = BertScorer(folder, layer).f1(said, [rows[place].question.answer for place in places])
     done = list(rows)
     for place, value in zip(places, found, strict=True):

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import pickle
 import re
 from collections.abc import Iterable, Iterator
@@ -53,11 +54,14 @@ def read_table(path: Path, split: str | None = None) -> Table:
     if not path.exists():
         raise DataError(f"{path}: no such file; expected {KINDS}")
     suffix = path.suffix.lower()
-    if suffix in {".json", ".jsonl"} or (suffix not in _READERS and _starts_with(path, ("[", "{"))):
+    if suffix in {".json", ".jsonl"} or (suffix not in _FILES and _starts_with(path, ("[", "{"))):
         return _json(path, split)
-    if suffix not in _READERS:
+    if suffix not in _FILES:
         raise DataError(f"{path}: unknown kind of file; expected {KINDS}")
-    rows = [(f"{path}: row {number}", row) for number, row in enumerate(_READERS[suffix](path))]
+    if suffix in {".csv", ".tsv"}:
+        rows = [(f"{path}:{number}", row) for number, row in _csv(path, "\t" if suffix == ".tsv" else None)]
+    else:
+        rows = [(f"{path}: row {number}", row) for number, row in enumerate(_READERS[suffix](path))]
     return Table(suffix.removeprefix("."), rows, path.parent)
 
 
@@ -126,13 +130,22 @@ def _is_lines(path: Path) -> bool:
 
 
 def tell_half_line(path: Path) -> None:
-    """A last line that a killed writer left half is skipped, but not in silence."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        try:
-            json.loads(lines[-1])
-        except ValueError:
-            log.warning("%s:%d: the last line is half written and was left out", path, len(lines))
+    """A last line that a killed writer left half is skipped, but not in silence. Raises DataError if there is no such
+    file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            if file.read(1) in {b"", b"\n"}:
+                return
+            file.seek(0)
+            lines = file.read().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        json.loads(lines[-1].strip() or b"0")
+    except ValueError:
+        log.warning("%s:%d: the last line is half written and was left out", path, len(lines))
 
 
 def _listed(value: list[Any], where: str) -> list[tuple[str, Row]]:
@@ -194,9 +207,9 @@ def _image_folder(metadata: Path, root: Path) -> Table:
 # ------------------------------------------------------------------------------------------------------- kinds of file
 
 
-def _csv(path: Path, delimiter: str | None = None) -> Iterator[Row]:
-    """Rows of a table whose header tells what separates columns, unless it is given: comma, semicolon (as Excel writes
-    it in much of Europe) or tab. Empty rows are left out."""
+def _csv(path: Path, delimiter: str | None = None) -> Iterator[tuple[int, Row]]:
+    """(line that it ends in, row) of a table whose header tells what separates columns, unless it is given: comma,
+    semicolon (as Excel writes it in much of Europe) or tab. Empty rows are left out."""
     content = path.read_bytes()
     try:
         text = content.decode("utf-16" if content.startswith(codecs.BOM_UTF16_LE) else "utf-8-sig")
@@ -213,7 +226,7 @@ def _csv(path: Path, delimiter: str | None = None) -> Iterator[Row]:
             count = len(reader.fieldnames or [])
             raise DataError(f"{path}:{reader.line_num}: not as many fields as the header's {count}")
         if any(row.values()):
-            yield dict(row)
+            yield reader.line_num, dict(row)
 
 
 def _pickle(path: Path) -> Iterable[Row]:
@@ -270,9 +283,7 @@ def _pyarrow() -> Any:
 
 
 _FILES = (".json", ".jsonl", ".csv", ".tsv", ".pkl", ".parquet", ".arrow")
-_READERS: dict[str, Any] = {
-    ".csv": _csv, ".tsv": lambda path: _csv(path, "\t"), ".pkl": _pickle, ".parquet": _parquet, ".arrow": _arrow,
-}
+_READERS: dict[str, Any] = {".pkl": _pickle, ".parquet": _parquet, ".arrow": _arrow}
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ def test_the_report_counts_them(tmp_path: Path) -> None:
     assert "| real | 4 | 2 | 1 | 1 |" in (out / "report.md").read_text()
     page = (out / "report.html").read_text()
     assert "<td>the picture</td><td>4</td><td>2</td><td>1</td><td>1</td>" in page
+    shown = re.search(r'<script type="application/json" id="items">(.*?)</script>', page, re.DOTALL)
+    assert shown is not None
+    assert [item.get("reply") for item in json.loads(shown.group(1))] == [
+        ["empty"], ["looping", "cut off"], None, ["empty"], None,
+    ]
     line = ["rescore", str(tmp_path / "answers.jsonl"), "--against", str(out / "report.json")]
     assert commands.main(line) == 0
 

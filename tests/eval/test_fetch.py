@@ -103,7 +103,7 @@ SET = Benchmark(name="some", files=(
 
 
 def fetch(hub: Hub, out: Path, benchmark: Benchmark = SET, token: str = "") -> dict[str, tuple[str, str]]:
-    with httpx.Client(timeout=5) as client:
+    with httpx.Client(timeout=60) as client:
         found = Fetcher(client, out, hub.url, token, wait_s=0.001).fetch(benchmark)
     return {status.path: (status.state, status.reason) for status in found}
 
@@ -167,7 +167,7 @@ def test_a_set_that_must_be_asked_for(hub: Hub, tmp_path: Path) -> None:
 
 def test_the_token_goes_to_the_hub_alone(hub: Hub, tmp_path: Path) -> None:
     other = Benchmark(name="o", files=(DataFile(url=f"{hub.url}/plain/README.md", path="r.md"),))
-    with httpx.Client(timeout=5) as client:
+    with httpx.Client(timeout=60) as client:
         Fetcher(client, tmp_path, "http://127.0.0.1:1", "secret", wait_s=0.001).fetch(other)
     assert hub.tokens == {None}
 

@@ -87,6 +87,8 @@ def test_empty_answers_are_zero_without_asking_and_missing_ones_unscored() -> No
     verdicts = asyncio.run(judge_all(QUESTIONS[:2], answers, judge, "judge", TEMPLATE))
     assert [verdict.score for verdict in verdicts] == [0.0, None]
     assert judge.asked == 0
+    nothing = summarise(QUESTIONS[:2], [verdicts[0], verdicts[0].model_copy(update={"question_id": "q1"})], {})
+    assert nothing.metrics["judge"].high == pytest.approx(1 - 0.025**0.5), "two answers make nothing certain"
 
 
 def test_an_answer_cannot_write_its_own_reference() -> None:

@@ -16,6 +16,7 @@ import pytest
 from medllava.errors import ConfigError, DataError
 from medllava.eval import __main__ as commands
 from medllava.eval.legacy import normalise, pmc_eval, quilt_eval, quilt_gpt_summarize, read_letter, word_scores
+from medllava.jsonl import write_records
 
 TABLES = Path(os.environ.get("MEDLLAVA_PARITY", Path(__file__).parents[3] / "shared" / "parity")) / "metrics"
 SETS = sorted(path.name.removesuffix(".expected.json") for path in TABLES.glob("*[0-9].expected.json"))
@@ -153,6 +154,20 @@ def test_reviews_as_the_original_walks_through_them() -> None:
         quilt_gpt_summarize([{"question_id": 0, "category": "conv", "score": [8, 6]}], captions)
 
 
+def test_reviews_that_are_no_numbers_or_cut_short(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """"nan 5" was read as two scores: the original prints nan, where JSON has none. A half line is told."""
+    reviews, captions = tmp_path / "gpt4_text_x.jsonl", tmp_path / "captions.jsonl"
+    write_records(captions, [{"question_id": n, "type": "Bone"} for n in range(3)])
+    write_records(reviews, [{"question_id": 0, "score": [8, 6]}, {"question_id": 1, "score": [float("nan"), 5.0]}])
+    with reviews.open("a") as file:
+        file.write('{"question_id": 2, "sc')
+    line = ("--legacy", "quilt_gpt_summarize", "--answers", str(reviews), "--context", str(captions))
+    assert printed(*line).splitlines()[:2] == ["x", "Bone nan nan 55.0"]
+    told = {record.message for record in caplog.records}
+    assert told == {f"{reviews}:3: the last line is half written and was left out"}
+    assert legacy(*line, out=tmp_path / "o.json") == {"Bone": None, "all": None}
+
+
 def test_anchors_cut_by_place_and_end_the_set() -> None:
     """The original looks neither at an anchor's question nor at how many anchors there are."""
     truth = [{"id": n, "answer_type": "OPEN", "answer": "gland"} for n in range(3)]
@@ -193,9 +208,16 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         commands.main([*line, "--legacy", "pmc_eval"])
     with pytest.raises(ConfigError, match="--context"):
         commands.main([*line, "--legacy", "quilt_gpt_summarize"])
+    answers.write_text('{"question_id": 0, "text": "yes"}\n' * 2)
+    with pytest.raises(DataError, match="differ at row 1"):
+        commands.main([*line, "--legacy", "quilt_eval", "--gt", str(gt)])
     answers.write_text('{"question_id": 0, "text": "yes"}\n')
     with pytest.raises(DataError, match="yes_no_answer"):
         commands.main([*line, "--legacy", "quilt_eval", "--gt", str(gt), "--quilt"])
+    gt.write_text('[{"answer_type": "OPEN", "answer": "x"}]')
+    answers.write_text('{"text": "x"}\n')
+    with pytest.raises(DataError, match="gt.json: row 0 has no 'id'"):
+        commands.main([*line, "--legacy", "quilt_eval", "--gt", str(gt)])
 
 
 ODD = json.loads((TABLES / "errors.expected.json").read_text()) if (TABLES / "errors.expected.json").is_file() else {}

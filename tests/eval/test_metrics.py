@@ -113,6 +113,20 @@ def test_the_constant_box_is_the_mean_box() -> None:
     assert report.unclear["real"] == {"box_iou": 3}
 
 
+def test_always_no_is_not_always_the_second_option() -> None:
+    """In a set of yes/no and lettered questions a constant answer is one of either."""
+    lettered = ("A: gland", "B: vessel")
+    questions = [
+        Question(id=f"q{n}", image="i", question="?", kind="closed", answer=answer, choices=choices, group=f"g{n}")
+        for n, (answer, choices) in enumerate([
+            ("no", ("yes", "no")), ("No", ("Yes", "No")), ("yes", ("yes", "no")), ("B: vessel", lettered),
+            ("A: gland", lettered),
+        ])
+    ]
+    report = summarise(grade_all(questions, [said(n, "no") for n in range(5)]), {})
+    assert report.baselines["closed_accuracy"] == {"constant": 2 / 5, "chance": 0.5}
+
+
 def test_answers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(DataError, match="'q9'"):
         grade_all([asked(0, "Yes")], [said(9, "yes")])
@@ -158,6 +172,8 @@ def test_the_order_of_the_options_by_hand(count: int) -> None:
     assert found["mean"].value == pytest.approx(1 / len(orders)) and found["mean"].n == 4
     assert found["difference"].value == 1.0, "right as published, never in another order"
     assert found["same_answer"].value == found["all_right"].value == 0.0
+    assert found["all_right"].high == pytest.approx(1 - 0.025 ** (1 / 4)), "four questions make nothing certain"
+    assert (found["difference"].low, found["difference"].high) == (1.0, 1.0)
     assert report.letters == {"A": 1.0}
     lost = summarise(grade_all(questions, [said(n, "A", order) for n in range(3) for order in orders]), {})
     assert (lost.rotation["difference"].n, lost.rotation["difference"].unscored) == (3, 1)

@@ -106,7 +106,8 @@ def told(number: int) -> dict[str, Any]:
     """An answer to question ``number`` of the run below: calibrated, since it is right as often as it says."""
     chance = (number % 10 + 0.5) / 10
     right = number // 10 % 10 < number % 10
-    return {"question_id": f"q{number}", "text": HOSTILE if number == 3 else "Yes" if right else "No", "model": HOSTILE,
+    text = {3: HOSTILE, 17: "Yes. " * 10}.get(number, "Yes" if right else "No")
+    return {"question_id": f"q{number}", "text": text, "model": HOSTILE,
             "options": {"yes": chance, "no": 1 - chance} if right else {"yes": 1 - chance, "no": chance}}
 
 
@@ -183,6 +184,9 @@ def test_the_gallery_in_a_browser(large: Path) -> None:
         page.keyboard.press("0")
         page.locator("#group").select_option("tissue: <i>Skin</i>")
         assert count.inner_text() == "1 to 24 of 250 answers"
+        page.locator("#group").select_option("reply: looping")
+        assert count.inner_text() == "1 to 1 of 1 answers"
+        page.locator("#group").select_option("tissue: <i>Skin</i>")
         page.locator("#cards .card").first.focus()
         page.keyboard.press("/")
         page.keyboard.type("is it 40?")
@@ -237,3 +241,20 @@ def test_latex_and_categories(tmp_path: Path) -> None:
     latex = (out / "report.tex").read_text()
     assert r"closed\_accuracy & 0.500" in latex and r"Model: a\_b." in latex
     assert latex.count(r"\\") == 3
+
+
+def test_odd_names_break_no_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A bar or a line break in a category, and half a line of answers, which is told once."""
+    write_records(tmp_path / "questions.jsonl", [
+        {"id": f"q{n}", "image": None, "question": "Is it?", "kind": "closed", "answer": "yes",
+         "choices": ["yes", "no"], "group": f"g{n}", "categories": {"a|b": "50 %|#1\nx"}} for n in range(2)
+    ])
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"question_id": "q0", "text": "yes", "model": "m"}\n{"question_id": "q1", "te')
+    out = tmp_path / "out"
+    assert commands.main(["report", "--answers", str(answers), "--out", str(out)]) == 0
+    lines = (out / "report.md").read_text().splitlines()
+    assert r"| a\|b | questions | closed_accuracy | closed_balanced |" in lines
+    assert r"| 50 %\|#1 x | 1 | 1.000 | 1.000 |" in lines
+    told = [record.message for record in caplog.records]
+    assert told == [f"{answers}:2: the last line is half written and was left out"]

@@ -14,7 +14,7 @@ from medllava.errors import DataError
 from medllava.eval.benchmarks import load_benchmark, questions_hash, read_question_set
 from medllava.eval.pictures import Pictures
 from medllava.eval.records import Question
-from medllava.eval.tables import read_table
+from medllava.eval.tables import read_table, tell_half_line
 from medllava.jsonl import read_json
 
 ROWS = [
@@ -69,6 +69,20 @@ def test_half_a_question_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1])[:-5])
     assert len(read_table(path).rows) == 1
     assert f"{path}:2: the last line is half written and was left out" in caplog.text
+
+
+def test_a_whole_last_line_is_no_half_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for text in ("", "\n", "{}", "{}\n  ", '{"a": "\u00fc"}'):
+        (tmp_path / "q.jsonl").write_text(text, encoding="utf-8")
+        tell_half_line(tmp_path / "q.jsonl")
+    assert not caplog.records
+
+
+def test_a_fault_in_a_table_is_told_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "q.csv"
+    path.write_text('id,question,answer\n1,"Is it\nso?",yes\n\n1,Is it?,no\n')
+    with pytest.raises(DataError, match=r"q\.csv:5: question id '1' occurs a second time, after .*q\.csv:3;"):
+        read_question_set(path)
 
 
 def test_pictures_by_absolute_and_windows_names(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@
     item.search = [item.question, item.answer, item.reference, item.id].join("\n").toLowerCase();
     item.groups = ["kind: " + item.kind];
     for (const [name, value] of Object.entries(item.categories || {})) item.groups.push(name + ": " + value);
+    for (const name of item.reply || []) item.groups.push("reply: " + name);
   }
 
   function element(name, className, text) {

@@ -154,10 +154,10 @@ def main() -> int:
         row("eval.answers_that_differ", float(different), "answers", most=0.0),
         row("eval.report_10k", report_s, "s", most=None if given.quick else 20.0),
     ]
-    what = f"{given.model_path} on {given.data}" if given.data else "a very small model with random weights"
+    what = f"{Path(path).name} on {given.data.name}" if given.data else "a very small model with random weights"
     note = (
         f"{len(questions)} questions under {len(benchmark.conditions)} conditions, {what}, batches of {given.batch}, "
-        f"{given.device}, {torch.get_num_threads()} threads; medians of {rounds} rounds taken in turns."
+        f"{given.device}, {torch.get_num_threads()} threads; medians of {rounds} rounds taken in turns"
     )
     return finish(given.out, rows, note)
 

@@ -2,7 +2,8 @@
 
     python benchmarks/render.py [--folder DIR] [--check]
 
---check writes nothing and says whether the texts are those of the results.
+--check writes nothing and says whether the texts are those of the results, and so is each figure of any page that names
+its row.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ HEADLINES = {
 }
 """Rows that stand for their benchmark, and what they say."""
 BEGIN, END = "<!-- written by benchmarks/render.py -->", "<!-- end of what benchmarks/render.py writes -->"
-_NAME = re.compile(r"`([a-z_]+\.[a-z0-9_]+)`")
+_NAME = re.compile(r"`([a-z_]+\.(?!jsonl?`)[a-z0-9_]+)`")
 _NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
 
 HEAD = """\
@@ -61,7 +62,8 @@ def main() -> int:
     if given.check:
         old = [str(path) for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
         faults = [f"{path}: not what the results say; run benchmarks/render.py" for path in old]
-        faults += [f"{PROJECT_README}: {fault}" for fault in unfounded(PROJECT_README.read_text("utf-8"), results)]
+        for page in (*PROJECT_README.parent.glob("*.md"), *PROJECT_README.parent.glob("*/*.md")):
+            faults += [f"{page}: {fault}" for fault in unfounded(page.read_text("utf-8"), results)]
         print("\n".join(faults))
         return int(bool(faults))
     for path, text in texts.items():

@@ -42,6 +42,9 @@ PEAK, MFU = 989e12, 0.4
 assumes the same)."""
 LANGUAGE, TOWER, VISION_TOKENS = 6.48e9, 0.30e9, 576
 """Weights in the layers of a 7B language model and of CLIP-L/336; tokens of a picture."""
+TRAINED, TRAINED_BYTES = 6.76e9, 18
+"""Weights that train in stage ``full``, embeddings and output head among them, and what each takes, as ``--plan`` has it:
+itself in float32, its copy in bfloat16 for the product, its gradient and AdamW's two means."""
 TEXT_TOKENS = {"stage 1": 60, "stage 2": 300}
 BATCH_REQUESTS, BATCH_BYTES = 50_000, 200e6
 """Of one file at OpenAI."""
@@ -172,8 +175,8 @@ def _train() -> str:
     taken = f"{_round(full)} GPU hours, ${_round(full * GPU_HOUR)}"
     rows.append(("stage 2, full", "6 operations a weight and token", taken))
     rows.append(("memory, LoRA in bfloat16", "2 bytes a weight, packed rows of 2,048", "one card of 24 GB or more"))
-    rows.append(("memory, full with AdamW", f"16 bytes x {LANGUAGE / 1e9:.1f} billion",
-                 f"{_round(16 * LANGUAGE / 1e9)} GB over the cards (ZeRO-3)"))
+    rows.append(("memory, full with AdamW", f"{TRAINED_BYTES} bytes x {TRAINED / 1e9:.1f} billion",
+                 f"{_round(TRAINED_BYTES * TRAINED / 1e9)} GB over the cards (ZeRO-3)"))
     rows.append(("features kept on disk", f"{PAIRS:,} x {VISION_TOKENS} x 1,024 x 2 bytes",
                  f"{_round(PAIRS * VISION_TOKENS * 2048 / 1e9)} GB"))
     return _table("what", ("arithmetic", "takes"), rows)

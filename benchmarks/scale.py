@@ -43,8 +43,8 @@ assumes the same)."""
 LANGUAGE, TOWER, VISION_TOKENS = 6.48e9, 0.30e9, 576
 """Weights in the layers of a 7B language model and of CLIP-L/336; tokens of a picture."""
 TRAINED, TRAINED_BYTES = 6.76e9, 18
-"""Weights that train in stage ``full``, embeddings and output head among them, and what each takes, as ``--plan`` has it:
-itself in float32, its copy in bfloat16 for the product, its gradient and AdamW's two means."""
+"""Weights that train in stage ``full``, embeddings and output head among them, and what each takes (``--plan`` has the
+same): itself in float32, its copy in bfloat16 for the product, its gradient and AdamW's two means."""
 TEXT_TOKENS = {"stage 1": 60, "stage 2": 300}
 BATCH_REQUESTS, BATCH_BYTES = 50_000, 200e6
 """Of one file at OpenAI."""

@@ -19,12 +19,13 @@ COMMANDS = {
         "medllava.instruct_gen.__main__", "videos to data: narrate | correct | generate | card | check | export"
     ),
     "train": ("medllava.train.__main__", "one stage from a recipe; --plan what it takes; preview what is supervised"),
-    "model": ("medllava.model.__main__", "inspect | merge | export | convert | assemble: checkpoints"),
+    "model": ("medllava.model.__main__", "inspect | merge | export | convert | assemble | tiny: checkpoints"),
     "serve.cli": ("medllava.serve.cli", "chat in the terminal, or one shot"),
     "serve.worker": ("medllava.serve.worker", "OpenAI-compatible server for many at once"),
     "serve.web": ("medllava.serve.web", "the web chat, with its own worker or others; whole slides with --slides"),
     "eval": (
-        "medllava.eval.__main__", "fetch | answer | score | judge | report | rescore | compare | encoder | harness"
+        "medllava.eval.__main__",
+        "fetch | answer | score | judge | report | rescore | compare | overview | encoder | harness",
     ),
 }
 

@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="medllava doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--disk", type=Path, default=Path(), metavar="DIR", help="folder whose free space is told")
+    parser.add_argument(
+        "--disk", type=Path, default=Path(), metavar="DIR", help="folder whose free space is told (default: this one)"
+    )
     arguments = parser.parse_args(argv)
     requirements = read_requirements()
     _section("Python and packages", [_python(), *(check_package(line) for line in requirements.get("", []))])

@@ -12,7 +12,9 @@ def run_step(package: str, names: Sequence[str], description: str | None, argv: 
 
     A step's module imports what is heavy inside its ``run``, so that ``--help`` answers at once.
     """
-    parser = argparse.ArgumentParser(prog=package.replace(".", " "), description=description)
+    parser = argparse.ArgumentParser(
+        prog=package.replace(".", " "), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     steps = parser.add_subparsers(dest="step", required=True)
     for name in names:
         module = importlib.import_module(f"{package}.{name}")

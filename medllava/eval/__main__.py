@@ -1,4 +1,4 @@
-"""``python -m medllava.eval STEP``: fetch data, answer, score, judge, report, rescore, compare, overview, encoders.
+r"""``python -m medllava.eval STEP``: fetch data, answer, score, judge, report, rescore, compare, overview, encoders.
 
 example (each step takes --help):
   medllava eval answer --benchmark phantom --questions demo-out/held-out/questions.jsonl \

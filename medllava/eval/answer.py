@@ -1,4 +1,4 @@
-"""Ask a model every question of a benchmark, with its picture and with each ablation in its place.
+r"""Ask a model every question of a benchmark, with its picture and with each ablation in its place.
 
 Writes into --out: answers.jsonl (appended to; the same command goes on after a kill), failed.jsonl (questions that
 could not be asked, tried again by the next run), questions.jsonl (a copy) and run.json (what made the answers).

@@ -1,4 +1,10 @@
-"""``python -m medllava.instruct_gen STEP``: from narrated videos to instruction data."""
+r"""``python -m medllava.instruct_gen STEP``: from narrated videos to instruction data.
+
+example (each step takes --help):
+  medllava instruct_gen narrate --videos lectures --out narrated
+  medllava instruct_gen generate --captions narrated/captions.jsonl --out data \
+      --config instruct_gen/recipes/quilt_instruct.yaml --dry-run
+"""
 
 from __future__ import annotations
 

@@ -23,15 +23,18 @@ def main(argv: list[str] | None = None) -> int:
         "inspect", help="what a checkpoint folder is: kind, parts, parameters, files",
         epilog="example: medllava model inspect demo-out/stage2",
     )
-    inspect.add_argument("source", metavar="SRC", type=Path)
-    for name, text in (
-        ("merge", "fold a LoRA or projector checkpoint into its base: a full checkpoint that answers the same"),
-        ("export", "write a stock Hugging Face folder that answers the same"),
-        ("convert", "read an original LLaVA folder"),
+    inspect.add_argument("source", metavar="SRC", type=Path, help="checkpoint folder")
+    for name, text, example in (
+        (
+            "merge", "fold a LoRA or projector checkpoint into its base: a full checkpoint that answers the same",
+            "demo-out/stage2 merged",
+        ),
+        ("export", "write a stock Hugging Face folder that answers the same", "demo-out/stage2 exported"),
+        ("convert", "read an original LLaVA folder", "quilt-llava quilt-llava-hf --vision-tower clip-336"),
     ):
-        step = steps.add_parser(name, help=text, epilog=f"example: medllava model {name} demo-out/stage2 new-folder")
-        step.add_argument("source", metavar="SRC", type=Path)
-        step.add_argument("target", metavar="DST", type=Path)
+        step = steps.add_parser(name, help=text, epilog=f"example: medllava model {name} {example}")
+        step.add_argument("source", metavar="SRC", type=Path, help="folder to read")
+        step.add_argument("target", metavar="DST", type=Path, help="new folder to write")
         if name == "convert":
             add = step.add_argument
             add("--base", metavar="DIR", type=Path, help="language model of a LoRA or projector folder")
@@ -42,20 +45,20 @@ def main(argv: list[str] | None = None) -> int:
         "assemble", help="join an image encoder and a language model: what stage 1 starts from",
         epilog="example: medllava model assemble --vision-tower siglip2 --language qwen3-8b start",
     )
-    assemble.add_argument("target", metavar="DST", type=Path)
+    assemble.add_argument("target", metavar="DST", type=Path, help="new folder to write")
     assemble.add_argument(
         "--vision-tower", metavar="DIR", required=True, help="CLIP, SigLIP, DINOv2, DINOv3, ViT, ...: folder or hub id"
     )
     assemble.add_argument("--language", metavar="DIR", required=True, help="language model: folder or hub id")
     assemble.add_argument("--chat-format", help="default: template (the language model's own), if it has one")
     assemble.add_argument("--feature-layer", type=int, default=-2, help="of the encoder (default: %(default)s)")
-    assemble.add_argument("--seed", type=int, default=0, help="of the untrained projector")
+    assemble.add_argument("--seed", type=int, default=0, help="of the untrained projector (default: %(default)s)")
     tiny = steps.add_parser(
         "tiny", help="a checkpoint with random weights, for trying the other commands",
         epilog="example: medllava model tiny tiny-checkpoint",
     )
-    tiny.add_argument("target", metavar="DST", type=Path)
-    tiny.add_argument("--seed", type=int, default=0)
+    tiny.add_argument("target", metavar="DST", type=Path, help="new folder to write")
+    tiny.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.step == "inspect":
         return _inspect(arguments.source)

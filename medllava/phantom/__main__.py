@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=320, help="frame width in pixels, even (default 320)")
     parser.add_argument("--height", type=int, default=240, help="frame height in pixels, even (default 240)")
     parser.add_argument("--fps", type=int, default=8, help="frames a second (default 8)")
-    parser.add_argument("--noise", type=float, default=0.0, help="sensor noise, standard deviation in grey levels")
+    parser.add_argument("--noise", type=float, default=0.0, help="sensor noise in grey levels (default 0)")
     parser.add_argument(
         "--webcam", action=argparse.BooleanOptionalAction, default=None,
         help="a talking head in a corner of every video, or of none (default: of one in eight)",

@@ -1,6 +1,7 @@
 """Write questions about phantom videos, with answers from their truth, in the form that ``medllava eval`` reads.
 
-    python -m medllava.phantom.questions --videos test/videos --narratives test/narratives.jsonl --out questions.jsonl
+example:
+  python -m medllava.phantom.questions --videos test/videos --narratives test/narratives.jsonl --out questions.jsonl
 
 Each question is about the image of one narrative, as ``medllava instruct_gen narrate`` cut it out of the video; a
 narrative whose video has no truth in --videos, or whose image is not one field of tissue, is left out. Per kind of
@@ -218,7 +219,7 @@ def _spread(candidates: Sequence[_Candidate], limit: int, rng: random.Random) ->
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="medllava.phantom.questions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="medllava phantom.questions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--videos", type=Path, required=True, help="folder with the videos' .truth.json")
     parser.add_argument("--narratives", type=Path, required=True, help="narratives.jsonl made from these videos")

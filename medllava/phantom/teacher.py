@@ -133,7 +133,7 @@ def _stream_events(model: str, text: str, usage: dict[str, int] | None) -> Itera
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="medllava.phantom.teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="medllava phantom.teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--port", type=int, required=True, help="0 takes a free one and prints it")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")

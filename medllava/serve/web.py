@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
         prog="medllava serve.web", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = options.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model-path", type=Path, help="checkpoint folder: start a worker for it")
+    source.add_argument("--model-path", type=Path, help="checkpoint folder or hub id: start a worker for it")
     source.add_argument("--worker", action="append", metavar="URL", help="a running worker; repeat for several")
     options.add_argument("--port", type=int, default=7860, help="0 takes any free port (default 7860)")
     options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default 127.0.0.1)")

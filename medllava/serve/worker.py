@@ -1,4 +1,4 @@
-"""Serves one model over HTTP in the OpenAI chat-completions format.
+"""Serves a model, or several, over HTTP in the OpenAI chat-completions format.
 
     python -m medllava.serve.worker --model-path demo-out/stage2 --port 8000
 

@@ -115,7 +115,7 @@ def _preview(arguments: list[str]) -> int:
     parser.add_argument("--data", type=Path, required=True, help="training data (LLaVA JSON)")
     parser.add_argument("--out", type=Path, required=True, help="JSON Lines to write")
     parser.add_argument("--tokens-per-image", type=int, default=None, help="default: the checkpoint's, else 1")
-    parser.add_argument("--max-length", type=int, default=None)
+    parser.add_argument("--max-length", type=int, default=None, help="drop turns beyond so many tokens (default: none)")
     parser.add_argument("--regions", default="text", help="as the recipe's: text, mark or both (default: text)")
     parser.add_argument("--images", type=Path, help="with --regions mark: write the first marked pictures, too")
     given = parser.parse_args(arguments)

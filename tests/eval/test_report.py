@@ -177,8 +177,11 @@ def test_the_gallery_in_a_browser(large: Path) -> None:
         count = page.locator("#count")
         assert count.inner_text() == "1 to 24 of 1000 answers"
         assert page.locator("#cards .card img").first.evaluate("image => image.naturalWidth") == 40
+        page.locator("#cards .card").last.scroll_into_view_if_needed()
         page.keyboard.press("ArrowRight")
         assert count.inner_text() == "25 to 48 of 1000 answers"
+        top = page.locator("#cards .card").first.evaluate("card => card.getBoundingClientRect().top")
+        assert 0 <= top < 400, "a new page is read from its first answer"
         page.get_by_role("button", name="unclear 1").click()
         assert page.locator("#cards .said").all_inner_texts() == [HOSTILE]
         page.keyboard.press("0")

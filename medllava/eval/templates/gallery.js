@@ -79,7 +79,13 @@
     const pages = Math.max(1, Math.ceil(shown.length / size));
     state.page = Math.min(Math.max(state.page, 0), pages - 1);
     const first = state.page * size;
-    byId("cards").replaceChildren(...shown.slice(first, first + size).map(card));
+    const cards = byId("cards");
+    const within = cards.getBoundingClientRect().top < 0;
+    cards.replaceChildren(...shown.slice(first, first + size).map(card));
+    if (within) { // a new page is read from its first answer, which the tools above must not hide
+      cards.style.scrollMarginTop = document.querySelector(".tools").offsetHeight + "px";
+      cards.scrollIntoView();
+    }
     byId("count").textContent = shown.length
       ? first + 1 + " to " + Math.min(first + size, shown.length) + " of " + shown.length + " answers"
       : "no answer fits";

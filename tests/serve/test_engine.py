@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -149,29 +148,27 @@ def test_stop_texts_in_a_stream(real: Any) -> None:
 
 def test_first_come_first_served(start_worker: Any, wait: Wait) -> None:
     worker = start_worker(limits=Limits(max_batch=1))
-    firsts: list[int] = []
-
-    def streamed(number: int) -> None:
-        for chunk in ask(worker, STORY, max_tokens=8, stream=True):
-            if chunk.choices[0].delta.content and number not in firsts:
-                firsts.append(number)
-
+    worker.answerer.pause_s = 0.5  # the first is answered until all are in line
+    texts = [f"tell a long story, number {number}" for number in range(5)]
     with ThreadPoolExecutor(5) as pool:
-        for number in range(5):
-            pool.submit(streamed, number)
-            wait(lambda number=number: sum(health(worker)[key] for key in ("answering", "waiting")) > 0)
-            time.sleep(0.05)
-    assert firsts == [0, 1, 2, 3, 4]
+        answers = []
+        for number, text in enumerate(texts, start=1):
+            answers.append(pool.submit(ask, worker, [{"role": "user", "content": text}], max_tokens=100))
+            wait(lambda number=number: sum(health(worker)[key] for key in ("answering", "waiting")) == number)
+        worker.answerer.pause_s = 0.0
+        assert [answer.result().usage.completion_tokens for answer in answers] == [100] * 5
+    assert [turns[-1].text for _, turns, _ in worker.answerer.asked] == texts
 
 
 def test_without_memory_for_all_the_latest_has_to_go(start_worker: Any, wait: Wait) -> None:
     worker = start_worker()
-    worker.answerer.no_memory_for = 2
+    worker.answerer.no_memory_for, worker.answerer.pause_s = 2, 0.25
     with ThreadPoolExecutor(2) as pool:
         first = [pool.submit(ask, worker, STORY, max_tokens=40) for _ in range(2)]
         wait(lambda: health(worker)["answering"] == 2)
         with pytest.raises(openai.APIStatusError, match="memory") as caught:
             ask(worker, STORY, max_tokens=40)
+        worker.answerer.pause_s = 0.0
         assert caught.value.code == "out_of_memory"
         assert [answer.result().usage.completion_tokens for answer in first] == [40, 40]
 
@@ -187,17 +184,23 @@ def test_one_that_cannot_be_read_spoils_no_other(start_worker: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_the_line_is_forgotten(start_worker: Any, wait: Wait, stream: bool) -> None:
+def test_a_client_that_leaves_the_line_is_forgotten(
+    start_worker: Any, wait: Wait, within: Wait, stream: bool
+) -> None:
     worker = start_worker(limits=Limits(max_batch=1))
+    worker.answerer.pause_s = 0.2
     body = {"model": "scripted", "messages": STORY, "max_tokens": 300, "stream": stream}
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, worker, STORY, max_tokens=140)
         wait(lambda: health(worker)["answering"] == 1)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{worker.url}/v1/chat/completions", json=body, timeout=0.3)
-        left = time.monotonic()
-        wait(lambda: health(worker)["waiting"] == 0, seconds=2)
-        assert time.monotonic() - left < 2
+
+        def leave() -> None:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{worker.url}/v1/chat/completions", json=body, timeout=0.3)
+
+        within(2, leave, lambda: health(worker)["waiting"] == 0)
+        assert health(worker)["answering"] == 1
+        worker.answerer.pause_s = 0.0
         assert first.result().choices
     assert len(worker.answerer.asked) == 1
 
@@ -207,11 +210,17 @@ def test_a_place_in_line_is_told(start_worker: Any, wait: Wait, monkeypatch: pyt
     monkeypatch.setattr("medllava.serve.app.HEARTBEAT_S", 0.2)
     worker = start_worker(limits=Limits(max_batch=1))
     body = {"model": "scripted", "messages": STORY, "max_tokens": 3, "stream": True}
+    worker.answerer.pause_s = 0.5
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(ask, worker, STORY, max_tokens=40)
+        pool.submit(ask, worker, STORY, max_tokens=100)
         wait(lambda: health(worker)["answering"] == 1)
-        text = httpx.post(f"{worker.url}/v1/chat/completions", json=body, timeout=20).text
-    assert ": waiting, 1 in line" in text and text.rstrip().endswith("[DONE]")
+        lines = []
+        with httpx.stream("POST", f"{worker.url}/v1/chat/completions", json=body) as reply:
+            for line in reply.iter_lines():
+                lines.append(line)
+                if ": waiting, 1 in line" in line:
+                    worker.answerer.pause_s = 0.0
+    assert ": waiting, 1 in line" in lines and "".join(lines).endswith("[DONE]")
 
 
 def test_metrics_and_log_count_without_content(start_worker: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -246,16 +255,16 @@ def start_command(*arguments: str) -> tuple[subprocess.Popen[str], str]:
 
 
 def test_a_stopped_worker_finishes_its_streams(tiny: Path) -> None:
-    process, url = start_command("--model-path", str(tiny), "--log-json")
+    process, url = start_command("--model-path", str(tiny), "--log-json", "--drain-s", "120")
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Mrs Miller?"}], "stream": True, "n": 8,
             "max_tokens": 400, "temperature": 2.0, "stream_options": {"include_usage": True}}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
         lines = response.iter_lines()
         next(lines)
         os.kill(process.pid, signal.SIGTERM)
         rest = list(lines)
     assert rest[-2:-1] == ["data: [DONE]"] or rest[-1] == "data: [DONE]"
-    _, log = process.communicate(timeout=30)
+    _, log = process.communicate(timeout=120)
     assert process.returncode in (0, -signal.SIGTERM)
     entry = next(json.loads(line) for line in log.splitlines() if line.startswith("{") and "chatcmpl" in line)
     assert (entry["status"], entry["model"], entry["answers"]) == (200, "tiny", 8)

@@ -65,16 +65,20 @@ def test_each_fault_names_its_cause_and_the_next_step(start_worker: Any, worker:
         uri = "data:image/png;base64,AAAA"
         ask(worker, [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri}}]}])
     told += [str(error.value.body["message"]) for error in (unknown, broken)]  # type: ignore[index]
+    worker.answerer.pause_s = 0.25
     with ThreadPoolExecutor(3) as pool:
         busy = [pool.submit(ask, worker, STORY, max_tokens=60) for _ in range(3)]
         wait(lambda: httpx.get(f"{worker.url}/health").json()["waiting"] == 1)
         told.append(said(worker.url))
+        worker.answerer.pause_s = 0.0
         assert all(answer.result().choices for answer in busy)
     locked = start_worker(api_keys=("sesame",))
     told.append(said(locked.url))
-    loading = start_worker(load_s=2)
+    loaded = threading.Event()
+    loading = start_worker(until=loaded)
     wait(lambda: httpx.get(f"{loading.url}/health").status_code == 503)
     told.append(said(loading.url))
+    loaded.set()
     worker.stop()
     told.append(said(worker.url))
     for text, cause, step in zip(
@@ -192,7 +196,7 @@ def test_no_request_is_kept_once_it_is_over(start_worker: Any, wait: Wait) -> No
 
     def leave(worker: Any) -> None:
         body = {"model": "scripted", "messages": STORY, "max_tokens": 3000, "stream": True}
-        with httpx.stream("POST", f"{worker.url}/v1/chat/completions", json=body, timeout=20) as reply:
+        with httpx.stream("POST", f"{worker.url}/v1/chat/completions", json=body) as reply:
             next(reply.iter_lines())
 
     before, threads = tickets(), threading.active_count()
@@ -204,7 +208,7 @@ def test_no_request_is_kept_once_it_is_over(start_worker: Any, wait: Wait) -> No
             else:
                 pool.submit(leave, worker)
     wait(lambda: httpx.get(f"{worker.url}/health").json()["answering"] == 0)
-    wait(lambda: tickets() == before)
+    wait(lambda: tickets() <= before)  # those of the tests before may go only now
     worker.stop()
     wait(lambda: threading.active_count() <= threads + 8)  # the pool for reading pictures stays
 
@@ -263,7 +267,7 @@ def test_a_killed_worker_process_breaks_the_stream_off(tiny: Path) -> None:
         for number, _ in enumerate(ask(type("Url", (), {"url": url}), HELLO, "tiny", **many)):
             if number == 20:
                 os.kill(process.pid, signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
     with pytest.raises(openai.APIConnectionError):
         client(url).models.list()
 
@@ -271,14 +275,14 @@ def test_a_killed_worker_process_breaks_the_stream_off(tiny: Path) -> None:
 # -- slow workers
 
 
-def test_a_client_of_five_seconds_patience_gets_its_slow_answer(worker: Any) -> None:
+def test_a_client_of_five_seconds_patience_gets_its_slow_answer(worker: Any, wait: Wait) -> None:
     """httpx gives up after 5 s of silence unless told otherwise."""
     assert max(app.FIRST_PIECE_S, app.HEARTBEAT_S) <= 3
     worker.answerer.think_s = 7.5
     body = {"model": "scripted", "stream": True, "messages": [{"role": "user", "content": "think first"}]}
     with ThreadPoolExecutor(2) as pool:
-        slow = pool.submit(httpx.post, f"{worker.url}/v1/chat/completions", json=body)
-        time.sleep(0.3)
+        slow = pool.submit(httpx.post, f"{worker.url}/v1/chat/completions", json=body, timeout=5.0)
+        wait(lambda: bool(worker.answerer.asked))
         behind = list(client(worker.url, timeout=5.0).chat.completions.create(
             model="scripted", messages=HELLO, stream=True  # type: ignore[arg-type]
         ))

@@ -26,7 +26,7 @@ def request(image: Path, **more: Any) -> dict[str, Any]:
 
 
 def look(worker: Any, body: Any, **options: Any) -> httpx.Response:
-    return httpx.post(f"{worker.url}/v1/medllava/looking", json=body, timeout=30, **options)
+    return httpx.post(f"{worker.url}/v1/medllava/looking", json=body, **options)
 
 
 def test_what_an_answer_depends_on(worker: Any, photograph: Path) -> None:
@@ -62,11 +62,11 @@ def test_refusals_are_shaped_as_openais(
     assert look(worker, request(photograph)).status_code == 200
 
 
-def test_it_needs_the_key_and_its_place_in_line(start_worker: Any, photograph: Path) -> None:
+def test_it_needs_the_key_and_its_place_in_line(start_worker: Any, photograph: Path, wait: Any) -> None:
     worker = start_worker(api_keys=("k",), limits=Limits(max_batch=1, max_waiting=1))
     key = {"Authorization": "Bearer k"}
     assert look(worker, request(photograph)).status_code == 401
-    worker.answerer.looker.steps = 40
+    worker.answerer.looker.steps, worker.answerer.looker.pause_s = 40, 1.0
     found: list[int] = []
     threads = [
         threading.Thread(target=lambda: found.append(look(worker, request(photograph), headers=key).status_code))
@@ -74,6 +74,8 @@ def test_it_needs_the_key_and_its_place_in_line(start_worker: Any, photograph: P
     ]
     for thread in threads:
         thread.start()
+    wait(lambda: len(found) >= 3)
+    worker.answerer.looker.pause_s = 0.0
     for thread in threads:
         thread.join()
     assert set(found) == {200, 429} and 2 <= found.count(200) <= 3
@@ -84,11 +86,11 @@ def test_a_client_that_leaves_ends_it(worker: Any, photograph: Path, wait: Any) 
     worker.answerer.looker.steps = 10_000
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{worker.url}/v1/medllava/looking", json=request(photograph), timeout=0.7)
-    wait(lambda: httpx.get(f"{worker.url}/health").json()["answering"] == 0, 5)
+    wait(lambda: httpx.get(f"{worker.url}/health").json()["answering"] == 0)
 
 
 def test_answers_go_on_in_between(worker: Any, photograph: Path) -> None:
-    worker.answerer.looker.steps = 100
+    worker.answerer.looker.steps, worker.answerer.looker.pause_s = 100, 0.3
     done: list[str] = []
 
     def looking() -> None:
@@ -97,8 +99,9 @@ def test_answers_go_on_in_between(worker: Any, photograph: Path) -> None:
 
     def asking() -> None:
         body = {"model": "scripted", "messages": [{"role": "user", "content": "Where?"}]}
-        httpx.post(f"{worker.url}/v1/chat/completions", json=body, timeout=30)
+        httpx.post(f"{worker.url}/v1/chat/completions", json=body)
         done.append("answered")
+        worker.answerer.looker.pause_s = 0.0
 
     threads = [threading.Thread(target=looking), threading.Thread(target=asking)]
     for thread in threads:

@@ -138,7 +138,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in processes:
         process.terminate()
         try:
-            process.communicate(timeout=20)
+            process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -166,14 +166,14 @@ def test_the_page_is_there_while_the_model_loads_and_usable_soon_after(start: An
             time.sleep(0.1)
     # Without a worker of its own the command ends, and says so.
     os.kill(worker, signal.SIGKILL)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=100)
     assert process.returncode == 1
     assert "model loaded in" in err and "ended (it was killed" in err and "Traceback" not in err
 
 
 def test_a_damaged_checkpoint_ends_the_web_command(start: Any, tmp_path: Path) -> None:
     process = start("web", "--model-path", str(tmp_path))
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 1
     assert str(tmp_path) in err and "error:" in err and "Traceback" not in err
 
@@ -194,7 +194,7 @@ def test_nothing_but_flags_opens_the_page_to_others(start: Any, worker: Any, tmp
     assert httpx.get(f"{url}/gradio_api/file={secret}").status_code >= 400
     done = subprocess.run(
         [sys.executable, "-m", "medllava.serve.web", "--worker", worker.url, "--share"], capture_output=True, text=True,
-        timeout=60, check=False,
+        timeout=200, check=False,
     )
     assert done.returncode == 2 and "--share" in done.stderr
 

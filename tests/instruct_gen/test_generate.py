@@ -312,7 +312,11 @@ def test_killed_runs_go_on_and_pay_nothing_twice(tmp_path, captions, teacher):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (tmp_path / "killed/samples.jsonl").exists()
-    time.sleep(0.1)
+    # Until the server is done with what the dead have sent.
+    until = time.monotonic() + 60
+    while any("process_request_thread" in thread.name for thread in threading.enumerate()):
+        assert time.monotonic() < until
+        time.sleep(0.1)
     kept = sum(1 for _ in read_rows(tmp_path / "killed/replies.jsonl"))
     assert kept >= 90 - 3 * 4 - 3
     interrupted = len(teacher.asked)

@@ -20,7 +20,7 @@ from medllava.instruct_gen.narrate import Task, narrate_one
 from medllava.instruct_gen.narrator import Options
 
 NAMES = ("a", "b", "c", "d", "e", "f")
-WAIT_S = 60.0
+WAIT_S = 180.0
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,10 @@ def test_a_worker_killed_half_way_changes_no_byte(ray, videos, locally, tmp_path
     out = tmp_path / "out"
     run = started("--videos", videos, "--out", out, "--ray", "local", "--workers", 2)
     try:
-        wait_for(lambda: list((out / "parts").glob("*.jsonl")) and at_work(run.pid))
-        os.kill(at_work(run.pid)[0], signal.SIGKILL)
+        wait_for(lambda: list((out / "parts").glob("*.jsonl")))
+        busy: list[int] = []
+        wait_for(lambda: busy.extend(at_work(run.pid)) or busy)
+        os.kill(busy[0], signal.SIGKILL)
         on = listening(run.pid)
         _, said = run.communicate(timeout=WAIT_S)
     finally:
@@ -152,6 +154,10 @@ def test_a_lost_node_repeats_only_its_videos(ray, cluster, videos, locally, tmp_
         (begun / f"{task.video.stem}-{node}-{time.time_ns()}").touch()
         if node == doomed:
             time.sleep(WAIT_S)
+        # The other node waits for its turn, or it might be done with all before this one's worker has started.
+        until = time.monotonic() + WAIT_S
+        while not list(begun.glob(f"*-{doomed}-*")) and time.monotonic() < until:
+            time.sleep(0.05)
         return narrate_one(task)
 
     out = tmp_path / "out"

@@ -96,7 +96,7 @@ async def _ask(out: Path, count: int, calls: int, url: str) -> tuple[float, floa
         trouble = await ask_all(plan, CachedModel(endpoint, cache, endpoint.pace), cache)
         wall_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu
         await endpoint.close()
-        assert not trouble.failures and len(cache) == count, trouble
+        assert not trouble.failures and len(cache) == endpoint.pace.calls == count, (trouble, endpoint.pace.calls)
         return wall_s, cpu_s, cache.prompt_tokens + cache.completion_tokens
 
 

@@ -36,11 +36,14 @@ def test_a_slurm_job_names_its_first_node_and_goes_on_after_its_time(tmp_path: P
     }
     slurm = {
         "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
-        "SLURM_JOB_ID": "41", "SLURM_SUBMIT_DIR": "/repo",
+        "SLURM_JOB_ID": "41", "SLURM_SUBMIT_DIR": "/repo", "SLURM_CPUS_PER_TASK": "64",
     }
     said = launched(tmp_path, "slurm.sbatch", commands, "--out", "o", LATE="", **slurm)
-    script = "--kill-on-bad-exit=0 bash /repo/train/launch/torchrun.sh --out o --resume"
-    assert said == f"node7 2 8 20041: {script}\nexit 0"
+    script = "bash /repo/train/launch/torchrun.sh --out o --resume"
+    assert said == f"node7 2 8 20041: --kill-on-bad-exit=0 --cpus-per-task=64 {script}\nexit 0"
+    del slurm["SLURM_CPUS_PER_TASK"]  # where no number is asked for
+    said = launched(tmp_path, "slurm.sbatch", commands, "--out", "o", LATE="", **slurm)
+    assert said.startswith(f"node7 2 8 20041: --kill-on-bad-exit=0 {script}\n")
     said = launched(tmp_path, "slurm.sbatch", commands, "--out", "o", LATE="yes", **slurm)
     assert "scancel --signal=TERM 41.0" in said and "scontrol requeue 41\nexit 0" in said
 

@@ -91,7 +91,6 @@ def run(arguments: argparse.Namespace) -> int:
         if not count:
             raise DataError(f"{name} and {runs[0].name} have no scored question in common: are they of one benchmark?")
     text = as_markdown(runs, tests)
-    print(text)
     if arguments.out:
         write_json(arguments.out / "compare.json", {
             "runs": [{"name": run.name, **run.report.model_dump(mode="json")} for run in runs],
@@ -105,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         ):
             with atomic_write(arguments.out / file_name) as file:
                 file.write(content)
+    print(text)
     return 0
 
 

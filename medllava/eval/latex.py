@@ -6,14 +6,16 @@ import re
 from collections.abc import Sequence
 
 _SPECIAL = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-            "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+            "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+            # In the font that LaTeX begins with these three are other signs.
+            "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 _STAR = "$^*$"
 
 
 def escape(text: str) -> str:
     """Text as LaTeX prints it; a star of significance stays."""
     parts = text.split(_STAR)
-    return _STAR.join(re.sub(r"[&%_#${}~^\\]", lambda found: _SPECIAL[found.group()], part) for part in parts)
+    return _STAR.join(re.sub(r"[&%_#${}~^\\<>|]", lambda found: _SPECIAL[found.group()], part) for part in parts)
 
 
 def markdown_cell(text: str) -> str:

@@ -125,6 +125,7 @@ def test_the_permutation_test_holds_its_level_and_sees_groups() -> None:
 
 def test_latex_special_characters() -> None:
     assert escape("a_b 5 % & $^*$") == r"a\_b 5 \% \& $^*$"
+    assert escape("p < 0.05 > |") == r"p \textless{} 0.05 \textgreater{} \textbar{}", "other signs in OT1"
 
 
 def test_ten_thousand_answers_are_scored_in_time(tmp_path: Path) -> None:

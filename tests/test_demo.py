@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -123,14 +124,20 @@ def test_held_out_videos_are_not_those_of_training(finished: Path) -> None:
     assert trained.isdisjoint(asked)
 
 
+def seconds_of_children() -> float:
+    """Of a processor, by all ended processes that were started here: other work on the machine does not add to it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_a_second_run_does_nothing_again_even_in_another_place(finished: Path, run: Run, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(finished, moved)
     before = {path: path.stat().st_mtime_ns for path in moved.rglob("*") if path.name != ".lock"}
-    began = time.monotonic()
+    began = seconds_of_children()
     done = run(*arguments(moved))
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 10
+    assert seconds_of_children() - began < 10
     assert done.stdout.count("done before") == STEPS
     assert {path: path.stat().st_mtime_ns for path in moved.rglob("*") if path.name != ".lock"} == before
 
@@ -219,7 +226,7 @@ def test_kill_9_loses_nothing_repeats_nothing_and_leaves_no_process(
             time.sleep(0.001)
         demo.kill(parent_only=parent_only)
         assert not (out / ".done" / f"{step}.json").exists()
-        gone = time.monotonic() + 5
+        gone = time.monotonic() + 60
         while demo.alive() and time.monotonic() < gone:
             time.sleep(0.05)
         assert demo.alive() == []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import pkgutil
+import resource
 import statistics
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -58,16 +58,22 @@ COMMAND_LINES = [
 ]
 
 
+def seconds_of_children() -> float:
+    """Of a processor, by all ended processes that were started here: other work on the machine does not add to it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("words", COMMAND_LINES, ids=" ".join)
 def test_help_comes_at_once_and_has_an_example(words: list[str], repository: Path) -> None:
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = seconds_of_children()
         done = subprocess.run(
             [sys.executable, "-m", "medllava", *words, "--help"], cwd=repository, capture_output=True, text=True,
             check=False,
         )
-        seconds.append(time.perf_counter() - began)
+        seconds.append(seconds_of_children() - began)
         assert (done.returncode, done.stderr) == (0, "")
     assert statistics.median(seconds) < 1
     # A line that a person can copy, beyond the usage line that argparse makes.

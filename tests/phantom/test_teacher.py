@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -226,9 +226,12 @@ def test_command_prints_its_address_first():
 
 
 def test_help_is_quick():
-    start = time.monotonic()
+    def used():
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+    start = used()
     subprocess.run([sys.executable, "-m", "medllava.phantom.teacher", "--help"], check=True, capture_output=True)
-    assert time.monotonic() - start < 3
+    assert used() - start < 3  # seconds of a processor, to which other work on the machine does not add
 
 
 def test_every_narrated_wording_is_understood():

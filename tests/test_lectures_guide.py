@@ -56,17 +56,18 @@ def done(workplace: Path) -> subprocess.CompletedProcess[str]:
         **os.environ, "PATH": f"{workplace / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY),
         "XDG_CACHE_HOME": str(workplace / "cache"), "HF_HUB_OFFLINE": "1",
     }
-    process = subprocess.Popen(
-        ["bash", "-c", script], cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
-    )
-    # The teacher, started in the background, holds the pipes open: it has to go before they can be read to their end.
-    try:
-        code = process.wait(timeout=600)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-    out, err = process.communicate()
-    return subprocess.CompletedProcess(script, code, out, err)
+    # Files, not pipes: nobody would read these before the end, and progress bars can fill them. The teacher, started in
+    # the background, has to go too.
+    out, err = workplace / "out.txt", workplace / "err.txt"
+    with out.open("w") as told, err.open("w") as warned:
+        process = subprocess.Popen(
+            ["bash", "-c", script], cwd=workplace, env=environment, stdout=told, stderr=warned, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout=800)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(script, code, out.read_text(), err.read_text())
 
 
 def test_every_command_succeeds(done: subprocess.CompletedProcess[str], workplace: Path) -> None:

@@ -91,8 +91,8 @@ def test_two_processes_and_pieces_learn_what_one_does(
     assert main(arguments(data, start, tmp_path / "one")) == 0
     assert main(arguments(data, start, tmp_path / "pieces", "optim.accumulate=4")) == 0
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "medllava.train",
-        *arguments(data, start, tmp_path / "two", "optim.accumulate=2"),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+        "medllava.train", *arguments(data, start, tmp_path / "two", "optim.accumulate=2"),
     ]
     subprocess.run(command, check=True, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     one = weights(tmp_path / "one")

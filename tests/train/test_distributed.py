@@ -66,7 +66,7 @@ def two_processes(commands: list[dict[str, Any]], folder: Path) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TRAIN.parent)}
     done = subprocess.run(
-        [*start, worker, str(folder / "commands.json")], env=environment, capture_output=True, text=True, timeout=400
+        [*start, worker, str(folder / "commands.json")], env=environment, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -138,7 +138,7 @@ def test_two_nodes_learn_what_one_process_does(mixed: Path, stage0: Path, alone:
         subprocess.Popen([*launch, *arguments], env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
     try:
-        said = [node.communicate(timeout=300)[1] for node in nodes]
+        said = [node.communicate(timeout=800)[1] for node in nodes]
     finally:
         for node in nodes:
             node.kill()

@@ -242,8 +242,8 @@ def test_two_processes_learn_what_one_does(data: Any, stage1: Path, tmp_path: Pa
     settings = ["optim.steps=5", "lora.r=2", "optim.batch_size=6", "kinds=[grounding]"]
     assert train("stage2", data, tmp_path / "one", stage1, *settings) == 0
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "medllava.train",
-        *arguments("stage2", data, tmp_path / "two", stage1, *settings),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+        "medllava.train", *arguments("stage2", data, tmp_path / "two", stage1, *settings),
     ]
     subprocess.run(command, check=True, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)

@@ -67,7 +67,7 @@ def seven_billion() -> Callable[[], Any]:
 def run() -> Run:
     """Run a command to its end in a process of its own; text of stdout and stderr is kept."""
 
-    def run_command(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run_command(*arguments: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command(*arguments), cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False
         )

@@ -94,7 +94,7 @@ def test_a_wrong_figure_is_found(repository: Path, tmp_path: Path, monkeypatch: 
 def test_narrate_beside_the_papers_way(repository: Path, tmp_path: Path) -> None:
     out = tmp_path / "narrate.json"
     command = [sys.executable, "benchmarks/run.py", "narrate", "--quick", "--out", str(out)]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = read_json(out)
     assert set(result) == {"rows", "commit", "versions", "machine"}
@@ -112,7 +112,7 @@ def test_gpu_train_tries_itself_on_a_cpu(repository: Path, tmp_path: Path) -> No
     out = tmp_path / "gpu_train.json"
     command = [sys.executable, "benchmarks/gpu_train.py", "--self-test", "--steps", "4", "--batch-size", "4"]
     done = subprocess.run(
-        [*command, "--out", str(out)], cwd=repository, capture_output=True, text=True, timeout=300, check=False
+        [*command, "--out", str(out)], cwd=repository, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = read_json(out)

@@ -113,7 +113,7 @@ def said(
     script = "".join(f"/image {path}\n/reset\n{QUESTION}\n" for path in photographs)
     command = [sys.executable, "-m", "medllava.serve.cli", "--model-path", str(checkpoint), "--json"]
     done = subprocess.run(
-        [*command, "--max-new-tokens", "24"], cwd=repository, input=script, capture_output=True, text=True, timeout=300,
+        [*command, "--max-new-tokens", "24"], cwd=repository, input=script, capture_output=True, text=True, timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -65,7 +65,7 @@ def test_the_lines_with_curl(real: Any, repository: Path, tmp_path: Path, page: 
         assert "http://127.0.0.1:8000" in line
         done = subprocess.run(
             ["bash", "-o", "pipefail", "-c", line.replace("http://127.0.0.1:8000", real.url)], cwd=tmp_path,
-            capture_output=True, text=True, timeout=60, check=True,
+            capture_output=True, text=True, timeout=600, check=True,
         )
         body = done.stdout
         if body.startswith("{"):
@@ -80,6 +80,6 @@ def test_the_python_of_the_serve_page(real: Any, repository: Path, tmp_path: Pat
     (block,) = [block for block in blocks(repository / "serve" / "README.md") if "from openai import OpenAI" in block]
     done = subprocess.run(
         [sys.executable, "-c", block.replace("http://127.0.0.1:8000", real.url)], cwd=tmp_path, capture_output=True,
-        text=True, timeout=100, check=True,
+        text=True, timeout=600, check=True,
     )
     assert done.stdout.strip() and done.stderr == ""

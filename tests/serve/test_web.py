@@ -89,7 +89,7 @@ def test_the_private_folder_goes_and_takes_no_uploads(start: Start, worker: Any,
 
 def test_a_bad_checkpoint_ends_the_command_with_the_reason(start: Start, tmp_path: Path) -> None:
     process = start("--model-path", str(tmp_path / "nowhere"))
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, out) == (1, "")
     assert "nowhere: no such checkpoint folder" in err
     assert "Traceback" not in err

@@ -353,7 +353,7 @@ def start_command(*arguments: str) -> subprocess.Popen[str]:
 
 def test_the_command_reports_a_bad_folder_in_one_line(tmp_path: Path) -> None:
     with start_command("--model-path", str(tmp_path / "nowhere"), "--port", "0") as process:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=600)
     assert process.returncode == 1
     assert out == ""
     assert err.count("\n") == 1 and "nowhere: no such checkpoint folder" in err
@@ -362,7 +362,7 @@ def test_the_command_reports_a_bad_folder_in_one_line(tmp_path: Path) -> None:
 def test_the_command_reports_a_taken_port(tmp_path: Path, worker: Any) -> None:
     port = worker.url.rsplit(":", 1)[1]
     with start_command("--model-path", str(tmp_path), "--port", port) as process:
-        _, err = process.communicate(timeout=200)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in err and err.count("\n") == 1
 
@@ -389,7 +389,7 @@ def test_small_pieces_are_sent_at_once() -> None:
 
 def test_the_command_ends_when_the_model_cannot_be_loaded(tmp_path: Path) -> None:
     with start_command("--model-path", str(tmp_path), "--port", "0") as process:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=600)
     assert process.returncode == 1
     assert out.startswith("listening on http://127.0.0.1:")
     assert str(tmp_path) in err and "Traceback" not in err

@@ -14,7 +14,7 @@ def launched(tmp_path: Path, file: str, commands: dict[str, str], *arguments: st
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     done = subprocess.run(
-        ["bash", str(LAUNCH / file), *arguments], capture_output=True, text=True, check=False, timeout=60,
+        ["bash", str(LAUNCH / file), *arguments], capture_output=True, text=True, check=False, timeout=600,
         env={**os.environ, **environment, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     return done.stdout + done.stderr + f"exit {done.returncode}"

@@ -122,13 +122,6 @@ def box_from_pixels(x0: float, y0: float, x1: float, y1: float, width: int, heig
     return clipped_box(x0 / width, y0 / height, x1 / width, y1 / height)
 
 
-def box_from_padded(x1: float, y1: float, x2: float, y2: float, width: int, height: int) -> Box | None:
-    """Inverse of :meth:`Box.to_padded`, cut to the original image; None if the rectangle lies in the padding."""
-    side = max(width, height)
-    dx, dy = (side - width) / 2, (side - height) / 2
-    return box_from_pixels(x1 * side - dx, y1 * side - dy, x2 * side - dx, y2 * side - dy, width, height)
-
-
 def into_frame(box: Box, frame: Box) -> Box | None:
     """``box`` of the picture in 0..1 of ``frame``, cut to it; None if nothing is left."""
     width, height = frame.x2 - frame.x1, frame.y2 - frame.y1

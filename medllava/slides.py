@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 
 from medllava.errors import DataError, MissingExtraError, first_line
-from medllava.geometry import Box, box_from_pixels, clipped_box
+from medllava.geometry import Box, box_from_pixels
 
 if TYPE_CHECKING:
     import openslide
@@ -126,24 +126,6 @@ class Slide:
         box = box_from_pixels(left, top, left + width, top + height, *self.size)
         assert box is not None, "a field holds at least one pixel"
         return Field(picture, box, self.mpp * shrink if self.mpp else None)
-
-    def field_at(self, x_um: float, y_um: float, width_um: float, mpp: float) -> Field:
-        """The square field around a place in µm from the upper left corner, at ``mpp`` or the slide's own if that is
-        coarser. Cut at the slide's edge. Raises DataError if the scale is not known or the field lies outside."""
-        if self.mpp is None:
-            raise DataError(f"{self.path}: the file does not tell its µm per pixel, so no field can be given in µm")
-        across, down = (side * self.mpp for side in self.size)
-        half = width_um / 2
-        view = clipped_box(
-            (x_um - half) / across, (y_um - half) / down, (x_um + half) / across, (y_um + half) / down
-        )
-        if view is None:
-            raise DataError(
-                f"{self.path}: no field of {width_um:g} µm around ({x_um:g}, {y_um:g}) µm; the slide has"
-                f" {across:.0f} x {down:.0f} µm"
-            )
-        longest = max((view.x2 - view.x1) * across, (view.y2 - view.y1) * down)
-        return self.field(view, max(round(longest / mpp), 1))
 
     # -- reading
 

@@ -72,7 +72,7 @@ def by_training(checkpoint: Path, picture: Path) -> tuple[list[int], torch.Tenso
 
 
 def test_training_terminal_api_worker_and_evaluation_agree(
-    checkpoint: Path, picture: Path, asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, picture: Path, asked: list[Any], tmp_path: Path
 ) -> None:
     ids, pixels = by_training(checkpoint, picture)
     model = ["--model-path", str(checkpoint)]

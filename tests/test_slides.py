@@ -68,19 +68,6 @@ def test_bands_make_the_picture_of_one_piece(gigapixel: Any, monkeypatch: pytest
     assert np.abs(whole - banded).max() <= 1
 
 
-def test_a_field_by_micrometres(gigapixel: Any) -> None:
-    slide = Slide(gigapixel.path)
-    field = slide.field_at(5120, 3840, 512, mpp=1.0)  # the middle of the red mark
-    assert field.image.size == (512, 512)
-    assert field.mpp == pytest.approx(1.0)
-    centre = field.box.centre
-    assert (centre.x, centre.y) == (pytest.approx(0.25, abs=1e-4), pytest.approx(0.234375, abs=1e-4))
-    assert np.abs(np.asarray(field.image, int) - RED).max() < 12
-    assert slide.field_at(5120, 3840, 100, mpp=0.1).image.size == (200, 200)  # no finer than the slide
-    with pytest.raises(DataError, match="no field of 100 µm around"):
-        slide.field_at(90_000, 3840, 100, mpp=1.0)
-
-
 def test_tiles_are_those_of_the_slide_and_are_kept(gigapixel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     slide = Slide(gigapixel.path)
     assert slide.deepest == 16
@@ -142,8 +129,6 @@ def test_what_is_no_slide_is_one_line(
     make_slide(tmp_path / "screen.tiff", tissue_tile, (1024, 1024), mpp=25_400 / 72, steps=(1,))
     slide = Slide(tmp_path / "screen.tiff")
     assert slide.mpp is None  # 72 per inch is no scale of a microscope
-    with pytest.raises(DataError, match="does not tell its µm per pixel"):
-        slide.field_at(10, 10, 5, mpp=1)
 
     monkeypatch.setitem(__import__("sys").modules, "openslide", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'medllava\[wsi\]'"):

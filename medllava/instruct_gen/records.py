@@ -32,14 +32,6 @@ class Video(_Record):
     domain_score: float | None = Field(default=None, ge=0, le=1)
 
 
-class StableChunk(_Record):
-    """A span during which the background holds still (Quilt-1M's "stable time"): at least 3 s."""
-
-    start_s: float = Field(ge=0)
-    end_s: float = Field(gt=0)
-    crop_px: tuple[int, int, int, int]
-
-
 class TracePoint(_Record):
     """Cursor position at a time; ``confidence`` 0..1. On disk ``[t_s, x, y, confidence]``. No point: not visible."""
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from medllava.model import checkpoint
+from medllava.model.prompt import IGNORE
 from medllava.model.tiny import tiny_checkpoint
 
 LINEAR = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -40,3 +42,12 @@ def projector(tiny: Path) -> Path:
     path = tiny.parent / "aligned"
     checkpoint.save_projector(path, loaded.model, loaded.processor, base=tiny, chat_format="medllava")
     return path
+
+
+def supervised(tokenizer: Any, labels: list[int]) -> list[str]:
+    """The decoded text of each run of supervised tokens."""
+    runs: list[list[int]] = []
+    for before, label in zip([IGNORE, *labels], labels, strict=False):
+        if label != IGNORE:
+            runs.append([label]) if before == IGNORE else runs[-1].append(label)
+    return [tokenizer.decode(run) for run in runs]

@@ -16,6 +16,8 @@ from medllava.errors import ConfigError, DataError
 from medllava.model.prompt import IGNORE, PromptBuilder
 from medllava.model.tiny import TokenizerSizes, build_tokenizer
 
+from .conftest import supervised
+
 TEMPLATES = Path(__file__).parent / "templates"
 SPECIAL = [
     "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end|>", "<|system|>",
@@ -43,14 +45,6 @@ def tokenizer() -> Any:
 def builder(tokenizer: Any, name: str) -> PromptBuilder:
     template = (TEMPLATES / f"{name}.jinja").read_text()
     return PromptBuilder(tokenizer, "template", tokens_per_image=3, template=template)
-
-
-def supervised(tokenizer: Any, labels: list[int]) -> list[str]:
-    runs: list[list[int]] = []
-    for before, label in zip([IGNORE, *labels], labels, strict=False):
-        if label != IGNORE:
-            runs.append([label]) if before == IGNORE else runs[-1].append(label)
-    return [tokenizer.decode(run) for run in runs]
 
 
 ENDS = {

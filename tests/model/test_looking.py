@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -174,7 +173,7 @@ def test_a_model_of_single_exchanges_is_shown_the_last_questions_picture(
     assert [turn.text for turn in answerer.shown([a, b], [*first, new])[1]] == ["And here?"]
 
 
-def test_the_heat_map(tmp_path: Path) -> None:
+def test_the_heat_map() -> None:
     image = Image.new("RGB", (210, 140), "white")
     grid = [[0.0] * 7 for _ in range(7)]
     grid[1][5] = 2.0

@@ -12,6 +12,8 @@ from medllava.model import checkpoint
 from medllava.model.prompt import IGNORE, PromptBuilder, with_image_tag
 from medllava.model.tiny import TokenizerSizes, build_tokenizer
 
+from .conftest import supervised
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -44,15 +46,6 @@ def tokenizer() -> Any:
         replace_extra_special_tokens=False,
     )
     return made
-
-
-def supervised(tokenizer: Any, labels: list[int]) -> list[str]:
-    """The decoded text of each run of supervised tokens."""
-    runs: list[list[int]] = []
-    for before, label in zip([IGNORE, *labels], labels, strict=False):
-        if label != IGNORE:
-            runs.append([label]) if before == IGNORE else runs[-1].append(label)
-    return [tokenizer.decode(run) for run in runs]
 
 
 @pytest.mark.parametrize(

@@ -382,7 +382,7 @@ def test_picture_for_the_readme(
 
 
 def test_the_real_model_answers_in_the_page(
-    start_worker: Any, serve: Serve, tab: Page, tiny: Path, tissue: Path, monkeypatch: pytest.MonkeyPatch, wait: Wait
+    start_worker: Any, serve: Serve, tab: Page, tiny: Path, tissue: Path
 ) -> None:
     model = Answerer.load(tiny)
     worker = start_worker(load=lambda: model)

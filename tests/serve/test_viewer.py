@@ -231,7 +231,7 @@ def test_a_region_out_of_view_is_sent_with_what_is_around(slides: list[ShownSlid
 
 
 def test_scale_and_the_models_scale(
-    start_worker: Any, serve_page: Serve, tab: Page, slides: list[ShownSlide], monkeypatch: pytest.MonkeyPatch
+    start_worker: Any, serve_page: Serve, tab: Page, slides: list[ShownSlide]
 ) -> None:
     worker = start_worker()
     worker.answerer.manifest.training_mpp = 0.5

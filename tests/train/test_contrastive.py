@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,7 +67,7 @@ def test_a_small_set_is_learnt_by_heart(data: Any, region_weight: float) -> None
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
 
 
-def test_the_order_of_the_vocabulary_avoids_the_old_pooling(tmp_path: Path) -> None:
+def test_the_order_of_the_vocabulary_avoids_the_old_pooling() -> None:
     tokenizer = build_tokenizer(["a gland"], TokenizerSizes())
     clip = build_clip(VisionSizes(), tokenizer, projection_dim=8, text_layers=1, text_positions=16)
     ids = torch.tensor([[10, 11, tokenizer.eos_token_id, 0, 0]])

@@ -212,6 +212,7 @@ def add_adapters(model: Any, folder: Path) -> Any:
 
 
 def best_device() -> str:
+    """The first that is here of "cuda", "mps", "cpu"."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

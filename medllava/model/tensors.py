@@ -33,6 +33,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """By name, for :func:`misfits`."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 

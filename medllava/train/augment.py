@@ -30,6 +30,7 @@ def choose_variant(seed: int, epoch: int, index: int) -> int:
 
 
 def flip_box(box: Box, variant: int) -> Box:
+    """The box in the mirrored picture."""
     x1, y1, x2, y2 = box.as_tuple()
     if variant & 1:
         x1, x2 = 1 - x2, 1 - x1

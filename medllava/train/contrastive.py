@@ -127,6 +127,7 @@ class ContrastiveData:
             self._pixels.append(pixel_values(processor.image_processor, [image])[0].half())
 
     def make(self, epoch: int, indices: list[int]) -> list[ContrastiveBatch]:
+        """A step's only batch, for :class:`medllava.train.dataset.Steps`; all draws go by seed, epoch and picture."""
         recipe = self._recipe
         pixels, texts, caption_rows = [], [], []
         regions: list[tuple[int, torch.Tensor, str, str]] = []
@@ -209,7 +210,8 @@ class ContrastiveLoss(nn.Module):
             clip.logit_scale.fill_(1 / recipe.temperature).log_()
 
     def forward(self, batch: ContrastiveBatch) -> torch.Tensor:
-        scale = self.clip.logit_scale.clamp(max=4.6052).exp()
+        """The weighted mean losses, a scalar."""
+        scale = self.clip.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
         seen = self.clip.vision_model(pixel_values=batch.pixels, output_hidden_states=True)
         texts = functional.normalize(
             self.clip.text_projection(self.clip.text_model(input_ids=batch.tokens).pooler_output), dim=-1

@@ -114,6 +114,7 @@ class PairLoss(nn.Module):
         self._pieces = pieces
 
     def forward(self, batch: PairBatch) -> torch.Tensor:
+        """The sum, a scalar. Every process must call it at once: each needs the others' embeddings."""
         with torch.no_grad():
             self.model.logit_scale.clamp_(0.0, math.log(MAX_SCALE))
         seen, told = self._embed(batch)

@@ -8,20 +8,52 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from medllava.errors import DataError, ImageTooLarge
 from medllava.geometry import Box
 
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "AVIF", "JPEG2000", "PPM")
+"""What is opened, by Pillow's names. It knows some thirty more, rare and little tested, which a stranger's file may
+pose as; a PostScript file it would hand to Ghostscript, as a program to run."""
 MAX_PIXELS = 100_000_000
 """Largest picture that is opened as a whole; beyond it, a whole slide should be read by region."""
+MAX_SIDE = 1_000_000
+"""Longest side: Pillow keeps an address for each row, which for very thin pictures is most of the memory."""
 
 # Pillow's own warning comes before the limit above is looked at, and says less.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+_read_tags = TiffImagePlugin.ImageFileDirectory_v2.load
+
+
+def _read_bounded_tags(tags: TiffImagePlugin.ImageFileDirectory_v2, file: IO[bytes]) -> None:
+    """Read a directory of tags, of a TIFF or in the EXIF data of any picture, if its values fit into the file. Each of
+    65,535 tags may point to the same ten megabytes, and Pillow makes a copy for each."""
+    start = file.tell()
+    size = file.seek(0, io.SEEK_END)
+    file.seek(start)
+    count, entry = ("Q", "HHQ8x") if tags._bigtiff else ("H", "HHL4x")
+    head = file.read(struct.calcsize(tags._endian + count))
+    if len(head) == struct.calcsize(tags._endian + count):
+        one = struct.Struct(tags._endian + entry)
+        table = file.read(min(struct.unpack(tags._endian + count, head)[0], 65_536) * one.size)
+        entries = one.iter_unpack(table[: len(table) // one.size * one.size])
+        claimed = sum(number * tags._load_dispatch.get(kind, (0,))[0] for _, kind, number in entries)
+        if claimed > 2 * size + 1_000_000:
+            raise OSError("its tags claim more than the file holds")
+    file.seek(start)
+    _read_tags(tags, file)
+
+
+# Pillow reads EXIF while it opens a JPEG or AVIF and has no limit to set, so there is no other place to look first.
+TiffImagePlugin.ImageFileDirectory_v2.load = _read_bounded_tags  # type: ignore[assignment, method-assign]
 
 BOX_COLOURS = ("#e6194b", "#0082c8", "#f58231", "#3cb44b", "#911eb4", "#46f0f0", "#f032e6", "#808000")
 
@@ -47,10 +79,11 @@ def load_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> I
     if size == 0:
         raise DataError(f"{name}: the image is empty (0 bytes)")
     try:
-        with Image.open(stream) as opened:
-            if opened.width * opened.height > max_pixels:
+        with Image.open(stream, formats=FORMATS) as opened:
+            if opened.width * opened.height > max_pixels or max(opened.size) > MAX_SIDE:
                 raise ImageTooLarge(
-                    f"{name}: {opened.width} x {opened.height} pixels is more than the limit of {max_pixels:,};"
+                    f"{name}: {opened.width} x {opened.height} pixels is more than the limit of {max_pixels:,}"
+                    f" ({MAX_SIDE:,} a side);"
                     " cut a region of interest out of it first"
                 )
             opened.load()
@@ -59,13 +92,15 @@ def load_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> I
     except DataError:
         raise
     except UnidentifiedImageError as error:
-        raise DataError(f"{name}: not an image in a known format") from error
+        raise DataError(f"{name}: not an image in a known format (PNG, JPEG, TIFF, WebP, ...)") from error
     except Image.DecompressionBombError as error:
         # Pillow's own limit, whose words speak of an attack.
         raise ImageTooLarge(
             f"{name}: far more pixels than the limit of {max_pixels:,}; cut a region of interest out of it first"
         ) from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what decoders raise on damaged data is not only OSError: also RuntimeError, ...
         raise DataError(f"{name}: the image is damaged ({error})") from error
 
 

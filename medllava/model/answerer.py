@@ -185,12 +185,13 @@ class Answerer:
         alternatives per token. ``pixels``: what :meth:`pixels` made of the pictures, in their place; questions of one
         batch that share it share its encoding."""
         from medllava.model.decoding import Prepared
-        from medllava.model.prompt import with_image_tag, without_history
+        from medllava.model.prompt import check_length, with_image_tag, without_history
 
         if pixels is None:
             images, turns = self.shown(images, turns)
         elif self.manifest.single_exchange:
             turns = without_history(turns)
+        check_length((turn.text for turn in turns), self._context)
         with self._preparing:
             ids = self._prompts.question(with_image_tag(turns, len(images if pixels is None else pixels)))
         room = min(max_new_tokens, self._context - len(ids))

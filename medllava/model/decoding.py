@@ -15,6 +15,9 @@ from typing import Any, Literal
 import torch
 from transformers import DynamicCache
 
+COLDEST = 1e-4
+"""Lowest temperature that is divided by; below it scores would leave the range of numbers. It is greedy already."""
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -278,7 +281,7 @@ def _widened(values: torch.Tensor, width: int, dimension: int) -> torch.Tensor:
 
 def _drawn(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """A token drawn from the smallest set that holds ``top_p`` of the probability; logits: (vocabulary,)."""
-    probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True)
+    probabilities, order = torch.softmax(logits / max(temperature, COLDEST), -1).sort(descending=True)
     beyond = probabilities.cumsum(-1) - probabilities >= top_p
     beyond[0] = False
     drawn = torch.multinomial(probabilities.masked_fill(beyond, 0.0), 1, generator=generator)

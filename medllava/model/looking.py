@@ -26,7 +26,7 @@ from medllava.conversation import Turn
 from medllava.errors import DataError, PromptTooLong, is_out_of_memory
 from medllava.geometry import Box
 from medllava.model.decoding import Completion
-from medllava.model.prompt import IGNORE
+from medllava.model.prompt import IGNORE, check_length
 
 if TYPE_CHECKING:
     from medllava.model.answerer import Answerer
@@ -122,6 +122,7 @@ class Looker:
         if not -count <= picture < count:
             raise DataError(f"picture {picture}: the question shows {count} pictures" if count else "no picture")
         picture %= count
+        check_length([*(turn.text for turn in turns), answer], self._context)
         ids, labels = self._prompt(turns, count, answer)
         if len(ids) > self._context:
             raise PromptTooLong(

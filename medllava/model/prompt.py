@@ -18,15 +18,17 @@ Chat formats:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 
 from medllava.conversation import IMAGE_TAG, LITERAL_TAG, Turn
-from medllava.errors import CheckpointError, ConfigError, DataError
+from medllava.errors import CheckpointError, ConfigError, DataError, PromptTooLong
 
+CHARACTERS_PER_TOKEN = 16
+"""More than any text has on average; English has four."""
 IGNORE = -100
 """Label of a token that is not supervised."""
 
@@ -372,6 +374,17 @@ def _parts(text: str) -> list[dict[str, str]]:
         parts += [{"type": "image"}] if number else []
         parts += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
     return parts
+
+
+def check_length(texts: Iterable[str], context: int) -> None:
+    """Raises PromptTooLong for texts that cannot fit into ``context`` tokens, before they are tokenized: of many
+    megabytes, that takes minutes and gigabytes."""
+    characters, most = sum(len(text) for text in texts), CHARACTERS_PER_TOKEN * context
+    if characters > most:
+        raise PromptTooLong(
+            f"the question has {characters:,} characters; the model's context of {context} tokens holds a fraction of"
+            " them: shorten it or start a new conversation"
+        )
 
 
 def with_image_tag(turns: Sequence[Turn], images: int) -> list[Turn]:

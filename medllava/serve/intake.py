@@ -20,6 +20,13 @@ from medllava.serve.faults import Refused
 from medllava.serve.fetch import fetch_picture
 from medllava.serve.schema import Conversation
 
+MOST_TEXT_MB = 4.0
+"""Of a request, what is not base64 of its pictures. It is some ten times what a model of 128,000 tokens reads; to parse
+much more would hold up the others."""
+MOST_FAULTS = 1000
+"""Of a request; of one with more only their number is told, since to name them would take minutes."""
+FAULTS_TOLD, FAULT_LENGTH = 8, 200
+"""How many faults a message names, and at most how many characters of each."""
 DRAIN_S = 30.0
 """How long a request that is too large is read on and forgotten, so that its sender comes to read why."""
 
@@ -99,12 +106,29 @@ async def read_body(request: Request, limits: Limits, take: Callable[[int], None
             if size > limits.max_request_bytes:
                 break
         else:
+            if text_bytes(body) > MOST_TEXT_MB * 1_000_000:
+                raise Refused(
+                    413, "request_too_large",
+                    f"the request has more than {MOST_TEXT_MB:g} MB beside its pictures: shorten its texts",
+                )
             return body
         body.clear()
     # Most senders read no answer before they have sent all. Those that ask first (curl) are told at once.
     if "expect" not in request.headers:
         await _forget_the_rest(request, size, 4 * limits.max_request_bytes)
     raise too_large
+
+
+def text_bytes(body: bytes | bytearray) -> int:
+    """How much of a request is not the base64 of its pictures, of which no more than 1000 are looked for."""
+    size, at = len(body), 0
+    for _ in range(1000):
+        start = body.find(b";base64,", at)
+        at = body.find(b'"', start)
+        if min(start, at) < 0:
+            break
+        size -= at - start
+    return size
 
 
 async def _forget_the_rest(request: Request, size: int, most: int) -> None:
@@ -120,21 +144,31 @@ async def _forget_the_rest(request: Request, size: int, most: int) -> None:
 
 
 def parse(body: bytes | bytearray, kind: type[Asked]) -> Asked:
-    """The request. Raises Refused that names each field at fault."""
+    """The request. Raises Refused that names the fields at fault."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        if error.error_count() > MOST_FAULTS:
+            message = f"{error.error_count():,} values of the request are not as the API has them; see /openapi.json"
+            raise Refused(400, "invalid_request", message) from None
         faults = error.errors(include_input=False, include_context=False)
         unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]
         where = (unknown or faults)[0]["loc"]
-        param = ".".join(str(part) for part in where if part not in ("text", "image_url", "function-before")) or None
+        parts = (str(part) for part in where if part not in ("text", "image_url", "function-before"))
+        param = ".".join(parts)[:FAULT_LENGTH] or None
         if unknown:
-            names = ", ".join(repr(".".join(str(part) for part in fault["loc"])) for fault in unknown)
-            raise Refused(400, "unknown_parameter", f"Unknown parameter: {names}", param=param) from None
-        message = describe(error)
+            names = [repr(".".join(str(part) for part in fault["loc"])) for fault in unknown]
+            raise Refused(400, "unknown_parameter", f"Unknown parameter: {_told(names, ', ')}", param=param) from None
+        message = _told(describe(error).split("; "), "; ")
         if param is None and message.partition(":")[0] in kind.model_fields:  # what a field may not be beside others
             param = message.partition(":")[0]
         raise Refused(400, "invalid_request", message, param=param) from None
+
+
+def _told(faults: Sequence[str], between: str) -> str:
+    """The first of the faults, each cut where a client wrote a novel."""
+    told = [fault if len(fault) <= FAULT_LENGTH else fault[:FAULT_LENGTH] + "..." for fault in faults[:FAULTS_TOLD]]
+    return between.join(told) + (f" and {len(faults) - FAULTS_TOLD} more" if len(faults) > FAULTS_TOLD else "")
 
 
 class Pictures(Sequence[Image.Image]):

@@ -29,6 +29,9 @@ RESTART = 4.0
 SHORTEST_REST_S = 0.6
 """Gaps in a path shorter than this are not looked into."""
 
+LONG_REST_S = 2 * SHORTEST_REST_S
+"""Gaps in a path longer than this need only begin or end near the place of a rest."""
+
 MELTED, WINDOW_S = 0.4, 20.0
 """Least share of a window (of so many seconds, or the chunk) that a cursor must rest at a place for the median to hold
 it there: a half, less some for uneven sampling."""
@@ -181,7 +184,7 @@ def melted_rests(
     """(t_s, x, y) of a cursor that rested for so long that the median took it for background.
 
     While it rests nothing is seen of it. While it is elsewhere, its place shows its negative: the background has the
-    cursor and the frame has not. A gap in the path that begins and ends near such a negative, and in which it is not
+    cursor and the frame has not. A gap in the path that begins or ends near such a negative, and in which it is not
     seen, is a rest; any other gap is a hidden cursor.
     """
     if len(path) == 0:
@@ -198,7 +201,10 @@ def melted_rests(
     for low, high, before, after in gaps:
         if high - low < SHORTEST_REST_S:
             continue
-        near = negative & (np.hypot(*(spots.xy - before).T) < NEAR) & (np.hypot(*(spots.xy - after).T) < NEAR)
+        near_before, near_after = (np.hypot(*(spots.xy - place).T) < NEAR for place in (before, after))
+        # A quick cursor may be seen again only further on; a short gap of that kind it may have spent on its way.
+        either = high - low > LONG_REST_S
+        near = negative & (near_before | near_after if either else near_before & near_after)
         inside = (spots.t_s > low + 0.3) & (spots.t_s < high - 0.3)
         outside = (spots.t_s < low - 0.3) | (spots.t_s > high + 0.3)
         seen, times = len(np.unique(spots.t_s[near & outside])), len(np.unique(spots.t_s[outside]))
@@ -206,7 +212,8 @@ def melted_rests(
             x, y = np.median(spots.xy[near & outside], 0).tolist()
             # All gaps at this place together: a cursor that comes back to it rests there several times.
             rested = sum(
-                b - a for a, b, p, q in gaps if max(np.hypot(*(p - (x, y))), np.hypot(*(q - (x, y)))) < NEAR
+                b - a for a, b, p, q in gaps
+                if (min if b - a > LONG_REST_S else max)(np.hypot(*(p - (x, y))), np.hypot(*(q - (x, y)))) < NEAR
             )
             if rested < MELTED * min(end_s - start_s, WINDOW_S):
                 continue

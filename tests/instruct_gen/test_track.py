@@ -38,6 +38,27 @@ def test_a_long_rest_is_inferred_from_the_cursors_full_negative_only(share, gone
     assert all((x, y) == (100, 80) and t > 10 - gone_s - 0.2 for t, x, y in rests)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_cursor_that_left_its_rest_too_quickly_to_be_seen_near_it_has_rested(hidden):
+    """Seen again only far off; were it hidden meanwhile, its place would show its negative."""
+    opposite = RED * np.array([1, 1, 1, -1, 1, -1, 1, -1])
+    times = [*np.arange(0, 4, 0.125), *np.arange(9, 10, 0.125)]
+    rows = [(float(t), 100.0 + 30 * (4 - t) if t < 4 else 300.0 + 40 * (t - 9), 80.0, RED, 1.0) for t in times]
+    rows += [(float(t), 100.0, 80.0, opposite, 0.0) for t in [*times, *(np.arange(4, 9, 0.125) if hidden else [])]]
+    rests = melted_rests(spots(rows), np.arange(len(times), dtype=np.int32), APPEARANCE, 0.0, 10.0)
+    assert bool(rests) != hidden
+    assert all((x, y) == (100, 80) and 3.8 < t < 9.1 for t, x, y in rests)
+
+
+def test_what_was_not_seen_for_a_moment_on_its_way_from_a_later_rest_did_not_rest_there():
+    opposite = RED * np.array([1, 1, 1, -1, 1, -1, 1, -1])
+    times = [*np.arange(0, 1, 0.125), *np.arange(1.7, 4, 0.125)]
+    rows = [(float(t), 110.0 + 20 * t if t < 1 else 100.0 + 80 * (4 - t), 80.0, RED, 1.0) for t in times]
+    rows += [(float(t), 100.0, 80.0, opposite, 0.0) for t in times]
+    rests = melted_rests(spots(rows), np.arange(len(times), dtype=np.int32), APPEARANCE, 0.0, 10.0)
+    assert rests and all(t > 3.9 for t, _, _ in rests)
+
+
 def test_a_faint_picture_left_behind_is_no_resting_cursor():
     rows = [(t / 8, 10.0 * t, 50.0, RED, 1.0) for t in range(8)]
     rows += [(1 + t / 8, 80.0, 50.0, RED, 0.0) for t in range(24)]

@@ -159,7 +159,7 @@ def read_geojson(text: str, size: tuple[int, int]) -> list[NamedRegion]:
                 region = _region(ring, size)
                 if region is not None and len(regions) < MOST_REGIONS:
                     regions.append(NamedRegion(region, name, colour))
-        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, OverflowError, IndexError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"feature {number}: its geometry cannot be read ({str(error)[:80]})") from error
     if not shapes:
         raise DataError("no regions in this file: QuPath's File > Export objects as GeoJSON writes them")
@@ -183,7 +183,8 @@ def _class_of(feature: dict[str, Any], number: int, colours: int) -> tuple[str, 
         rgb = [packed >> 16, packed >> 8 & 255, packed & 255]
     known = isinstance(rgb, list) and len(rgb) == 3 and all(isinstance(one, int) and 0 <= one < 256 for one in rgb)
     colour = "#" + bytes(rgb).hex() if known else colour_of(colours)  # type: ignore[arg-type]
-    return " - ".join(dict.fromkeys(text.strip()[:60] for text in names)) or f"Region {number}", colour
+    name = " - ".join(dict.fromkeys(text.strip()[:60] for text in names)) or f"Region {number}"
+    return name.encode(errors="replace").decode(), colour  # half a character could not be sent to the browser
 
 
 def _rings(geometry: dict[str, Any]) -> Iterator[Sequence[Sequence[float]]]:

@@ -170,6 +170,14 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
+def address_line(host: str, port: int, root_path: str) -> str:
+    """Where the page is, for people."""
+    place = f"[{host}]" if ":" in host else host
+    # The proxy cuts its path off; here, there is nothing under it.
+    proxied = f"behind the proxy under {root_path}; " if root_path else ""
+    return f"web chat on http://{place}:{port} ({proxied}Ctrl-C ends it)"
+
+
 @contextlib.contextmanager
 def private_folder() -> Iterator[Path]:
     """Gradio's folder for files, readable by this user only and removed at the end. The page uses none of it."""
@@ -253,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
             feedback=options.collect_feedback,
         )
         launch(page, options.host, port, root_path=options.root_path, logins=logins, slides=slides)
-        print(f"web chat on http://{options.host}:{port}{options.root_path} (Ctrl-C ends it)", flush=True)
+        print(address_line(options.host, port, options.root_path), flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 if own:

@@ -17,6 +17,7 @@ from medllava.conversation import Turn
 from medllava.errors import DataError, ImageTooLarge, PromptTooLong
 from medllava.images import load_image
 from medllava.model.answerer import Answerer
+from medllava.serve.export import read_geojson
 from medllava.serve.faults import Refused
 from medllava.serve.intake import parse, text_bytes
 from medllava.serve.schema import ChatRequest
@@ -165,3 +166,18 @@ def test_a_picture_of_a_hundred_million_rows_is_refused() -> None:
     header = struct.pack("<IiiHHIIiiII", 40, 1, 90_000_000, 1, 8, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ImageTooLarge, match="a side"):
         load_image(b"BM" + struct.pack("<IHHI", 1000, 0, 0, 54) + header + bytes(1200))
+
+
+# -- regions
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "-" + "9" * 400, "1e400", "NaN"])
+def test_a_region_of_impossible_numbers_is_told(number: str) -> None:
+    with pytest.raises(DataError, match="feature 1: its geometry cannot be read"):
+        read_geojson('{"type": "Point", "coordinates": [' + number + ", 1]}", (100, 100))
+
+
+def test_the_name_of_a_region_can_be_sent_to_a_browser() -> None:
+    point = {"type": "Point", "coordinates": [1, 1]}
+    file = json.dumps({"type": "Feature", "geometry": point, "properties": {"name": "gland \ud800 A"}})
+    assert read_geojson(file, (100, 100))[0].name == "gland ? A"

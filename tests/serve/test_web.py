@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from medllava.errors import MedllavaError
-from medllava.serve.web import main
+from medllava.serve.web import address_line, main
 
 Wait = Callable[..., None]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -131,3 +131,10 @@ def test_a_damaged_example_is_left_out(start: Start, worker: Any, tmp_path: Path
     url = address(start("--worker", worker.url, "--examples", str(folder)))
     config = json.dumps(httpx.get(f"{url}/config").json())
     assert "example 1" in config and "example 2" not in config
+
+
+def test_the_address_told_is_one_that_can_be_opened() -> None:
+    assert address_line("127.0.0.1", 7860, "") == "web chat on http://127.0.0.1:7860 (Ctrl-C ends it)"
+    behind = "web chat on http://127.0.0.1:7860 (behind the proxy under /chat; Ctrl-C ends it)"
+    assert address_line("127.0.0.1", 7860, "/chat") == behind
+    assert "http://[::1]:7860 " in address_line("::1", 7860, "")

@@ -257,6 +257,8 @@ def save_boxes(image: Image.Image | None, text: str, path: Path) -> None:
     if image is None:
         raise ConfigError("no image to draw boxes on; name one with --image-file or /image")
     boxes = parse_boxes(text)
+    if not boxes:
+        print(f"the answer names no box: {path} is the picture as it was", file=sys.stderr)
     save_picture(draw_boxes(image, boxes, [str(number) for number in range(1, len(boxes) + 1)]), path)
 
 

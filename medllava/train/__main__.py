@@ -56,8 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_intermixed_args(arguments)
     # A plan is the command's result, all else is progress.
     stream = sys.stdout if given.plan else sys.stderr
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=stream)
-    logging.getLogger("medllava").setLevel(logging.INFO)
+    # Of the processes of torchrun one tells how it goes; the others tell what is wrong.
+    level = logging.WARNING if int(os.environ.get("RANK", "0")) else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=stream)
+    logging.getLogger("medllava").setLevel(level)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Threads that wait for each other sleep instead of spinning: beside another busy process, spinning makes a step
     # of a small model many times slower. Must be set before torch is imported.

@@ -62,6 +62,17 @@ def test_a_box_and_the_drawn_answer(model: Any, photograph: Path, tmp_path: Path
     assert load_image(drawn).getpixel((450, 200)) == (0xE6, 0x19, 0x4B)
 
 
+def test_an_answer_without_boxes_is_told(
+    model: Any, photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("medllava.serve.cli.parse_boxes", lambda text: [])
+    drawn = tmp_path / "drawn.png"
+    arguments = ["--model-path", "m", "--image-file", str(photograph), "--prompt", "Where?"]
+    assert main([*arguments, "--save-boxes", str(drawn)]) == 0
+    assert f"the answer names no box: {drawn} is the picture as it was" in capsys.readouterr().err
+    assert drawn.is_file()
+
+
 def test_piped_questions_are_one_conversation(
     model: Any, photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -245,7 +245,9 @@ def test_two_processes_learn_what_one_does(data: Any, stage1: Path, tmp_path: Pa
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
         "medllava.train", *arguments("stage2", data, tmp_path / "two", stage1, *settings),
     ]
-    subprocess.run(command, check=True, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, check=True, stderr=subprocess.PIPE, env=environment, text=True).stderr
+    assert said.count(" tokens per epoch ") == 1, "one of the processes tells how it goes"
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     one, two = adapters(tmp_path / "one"), adapters(tmp_path / "two")
     # Equal but for the order of sums, which the first steps of Adam make visible.

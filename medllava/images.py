@@ -27,6 +27,9 @@ MAX_PIXELS = 100_000_000
 MAX_SIDE = 1_000_000
 """Longest side: Pillow keeps an address for each row, which for very thin pictures is most of the memory."""
 
+MAX_NOTES = 1_000
+"""Pieces of EXIF data or comments in a picture that is given as bytes; Pillow copies all that came before for each."""
+
 # Pillow's own warning comes before the limit above is looked at, and says less.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -71,6 +74,8 @@ def load_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> I
     if isinstance(source, bytes):
         stream: io.BytesIO | Path = io.BytesIO(source)
         size = len(source)
+        if _notes(source) > MAX_NOTES:
+            raise DataError(f"{name}: the image holds more than {MAX_NOTES:,} pieces of EXIF data or comments")
     else:
         stream = Path(source)
         if not stream.is_file():
@@ -192,6 +197,28 @@ def _decode_data_uri(uri: str) -> bytes:
         return base64.b64decode(payload, validate=True)
     except binascii.Error as error:
         raise DataError(f"image data URI: not base64 ({error})") from error
+
+
+def _notes(data: bytes) -> int:
+    """How many pieces of EXIF data a JPEG holds, or of comments a GIF before its first frame."""
+    if data.startswith(b"\xff\xd8"):
+        return data.count(b"Exif\0\0")
+    if not data.startswith(b"GIF8") or len(data) < 13:
+        return 0
+    place = 13 + (3 * (2 << (data[10] & 7)) if data[10] & 128 else 0)  # behind the colours
+    notes = 0
+    while place < len(data) and notes <= MAX_NOTES and data[place : place + 1] != b",":
+        if data[place : place + 1] != b"!":  # junk, which Pillow passes over byte by byte
+            place += 1
+            notes += 1
+            continue
+        comment = data[place + 1 : place + 2] == b"\xfe"
+        place += 2
+        while place < len(data) and data[place]:
+            place += 1 + data[place]
+            notes += comment
+        place += 1
+    return notes
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -168,6 +168,22 @@ def test_a_picture_of_a_hundred_million_rows_is_refused() -> None:
         load_image(b"BM" + struct.pack("<IHHI", 1000, 0, 0, 54) + header + bytes(1200))
 
 
+def test_a_million_comments_are_not_joined_one_by_one() -> None:
+    image = Image.effect_noise((60, 60), 50).convert("RGB")
+    jpeg, gif = encoded(image, "JPEG", exif=b"Exif\0\0"), encoded(image, "GIF", comment=b"well " * 400)
+    assert load_image(jpeg).size == load_image(gif).size == (60, 60)
+    exif = b"\xff\xe1" + struct.pack(">H", 16) + b"Exif\0\0" + b"12345678"
+    frame = gif.index(b"!", 13)
+    for many in (
+        jpeg[:2] + exif * 100_000 + jpeg[2:],
+        gif[:frame] + b"!\xfe\x01a\0" * 100_000 + gif[frame:],
+        gif[:frame] + b"!\xfe" + (b"\xff" + b"a" * 255) * 10_000 + b"\0" + gif[frame:],
+        gif[:frame] + b"\0" * 100_000 + gif[frame:],
+    ):
+        with pytest.raises(DataError, match="more than 1,000 pieces of EXIF data or comments"):
+            load_image(many)
+
+
 # -- regions
 
 

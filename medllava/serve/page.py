@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from medllava.errors import DataError, ImageTooLarge, ServiceError
 from medllava.geometry import parse_boxes
 from medllava.jsonl import Appender
 from medllava.regions import POINT_SIDE, mentions_region
 from medllava.serve.answering import Choice, Workers
+from medllava.serve.body_limit import BodyLimit
 from medllava.serve.client import Worker
 from medllava.serve.export import read_geojson, region_json
 from medllava.serve.screen import chat_of, example_strip, head_of, saved_file, tray_of, viewer_of
@@ -463,7 +465,8 @@ def launch(
     page: gr.Blocks, host: str, port: int, *, root_path: str = "", logins: list[tuple[str, str]] | None = None,
     slides: Sequence[ShownSlide] = (),
 ) -> None:
-    """Serve the page in a thread: no share link, no analytics, no run history, no file uploads, no outside fonts."""
+    """Serve the page in a thread: no share link, no analytics, no run history, no file uploads, no outside fonts, no
+    request without an end."""
     fonts = ["system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
     theme = gr.themes.Soft(
         primary_hue="purple", secondary_hue="pink", neutral_hue="gray", font=fonts, font_mono=["monospace"]
@@ -475,5 +478,6 @@ def launch(
         css="\n".join((here / name).read_text(encoding="utf-8") for name in ("web.css", "viewer.css", "chat.css")),
         footer_links=[], run_history=False,
         enable_monitoring=False, max_file_size=1, ssr_mode=False, pwa=False, mcp_server=False, show_error=True,
+        app_kwargs={"middleware": [Middleware(BodyLimit)]},
     )
     add_routes(app, slides)

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,25 @@ def test_a_temperature_next_to_nothing_is_greedy(model: Answerer) -> None:
     greedy = model.answer([], turns, max_new_tokens=8).text
     for temperature in (5e-324, 1e-40, 1e-30):
         assert model.answer([], turns, max_new_tokens=8, temperature=temperature, seed=1).text == greedy
+
+
+def test_a_page_reads_no_request_without_an_end(serve_page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medllava.serve.body_limit.MOST_BYTES", 1_000_000)
+    address = f"{serve_page('http://127.0.0.1:9')}/gradio_api/call/ask"
+    sent = []
+
+    def endless() -> Iterator[bytes]:  # its length is not announced
+        for _ in range(200):
+            sent.append(1)
+            yield b" " * 100_000
+
+    assert httpx.post(address, content=b" " * 1_000_001, headers=JSON, timeout=60).status_code == 413
+    try:
+        assert httpx.post(address, content=endless(), headers=JSON, timeout=60).status_code == 413
+    except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
+        assert len(sent) < 200  # the page hung up in the middle
+    body = {"data": ["", " " * 900_000, None]}
+    assert httpx.post(address, json=body, timeout=60).status_code == 200
 
 
 # -- pictures

@@ -144,7 +144,7 @@ def test_two_nodes_learn_what_one_process_does(mixed: Path, stage0: Path, alone:
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], "".join(said)[-3000:]
     same(alone / "lora", tmp_path / "lora")
-    assert all("memory per device (2)" in told for told in said)
+    assert sum("memory per device (2)" in told for told in said) == 1, "one of the nodes tells how it goes"
 
 
 def test_packing_learns_what_padding_does(mixed: Path, stage0: Path, alone: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -124,13 +123,9 @@ def test_held_out_videos_are_not_those_of_training(finished: Path) -> None:
     assert trained.isdisjoint(asked)
 
 
-def seconds_of_children() -> float:
-    """Of a processor, by all ended processes that were started here: other work on the machine does not add to it."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def test_a_second_run_does_nothing_again_even_in_another_place(finished: Path, run: Run, tmp_path: Path) -> None:
+def test_a_second_run_does_nothing_again_even_in_another_place(
+    finished: Path, run: Run, tmp_path: Path, seconds_of_children: Callable[[], float]
+) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(finished, moved)
     before = {path: path.stat().st_mtime_ns for path in moved.rglob("*") if path.name != ".lock"}

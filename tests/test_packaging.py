@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import pkgutil
-import resource
 import statistics
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,14 +58,10 @@ COMMAND_LINES = [
 ]
 
 
-def seconds_of_children() -> float:
-    """Of a processor, by all ended processes that were started here: other work on the machine does not add to it."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 @pytest.mark.parametrize("words", COMMAND_LINES, ids=" ".join)
-def test_help_comes_at_once_and_has_an_example(words: list[str], repository: Path) -> None:
+def test_help_comes_at_once_and_has_an_example(
+    words: list[str], repository: Path, seconds_of_children: Callable[[], float]
+) -> None:
     seconds = []
     for _ in range(3):
         began = seconds_of_children()

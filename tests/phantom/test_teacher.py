@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import subprocess
 import sys
 import threading
@@ -225,13 +224,10 @@ def test_command_prints_its_address_first():
     assert taken.returncode == 1 and taken.stderr.startswith(f"error: --port {port}: cannot listen there")
 
 
-def test_help_is_quick():
-    def used():
-        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-
-    start = used()
+def test_help_is_quick(seconds_of_children):
+    start = seconds_of_children()
     subprocess.run([sys.executable, "-m", "medllava.phantom.teacher", "--help"], check=True, capture_output=True)
-    assert used() - start < 3  # seconds of a processor, to which other work on the machine does not add
+    assert seconds_of_children() - start < 3
 
 
 def test_every_narrated_wording_is_understood():

@@ -24,6 +24,7 @@ from medllava.serve.cli import main as cli_main
 from medllava.train.__main__ import main
 
 RECIPE = Path(__file__).parents[2] / "train" / "recipes" / "stage2_qlora.yaml"
+KILLED_RUN = Path(__file__).with_name("killed_run.py")
 pytestmark = pytest.mark.skipif(
     __import__("importlib.util").util.find_spec("bitsandbytes") is None,
     reason="bitsandbytes is not installed (extra: gpu)",
@@ -33,21 +34,6 @@ SMALL = [
     "chat_format=medllava", "gradient_checkpointing=false", "log_every=1", "optim.learning_rate=1e-3",
     "projector_learning_rate=1e-3", "liger=false",
 ]
-
-KILL = """
-import os, signal, sys
-from medllava.train import loop
-from medllava.train.__main__ import main
-real, steps = loop._step, 0
-def step(*given, **named):
-    global steps
-    steps += 1
-    if steps == 12:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*given, **named)
-loop._step = step
-main(sys.argv[1:])
-"""
 
 
 def arguments(data: Any, out: Path, start: Path, *rest: str) -> list[str]:
@@ -98,7 +84,7 @@ def test_it_learns_and_says_what_it_was_trained_on(trained: dict[str, Path], sta
 def test_a_killed_run_goes_on_as_if_nothing_had_been(data: Any, stage0: Path, trained: Any, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     settings = ["optim.steps=20", "save_every=10", "quantize=nf4"]
-    command = [sys.executable, "-c", KILL, *arguments(data, out, stage0, *settings), "--resume"]
+    command = [sys.executable, str(KILLED_RUN), "12", *arguments(data, out, stage0, *settings), "--resume"]
     killed = subprocess.run(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert killed.returncode == -signal.SIGKILL and (out / "step-000010").is_dir()
     assert not (out / "finished.json").exists()

@@ -26,6 +26,7 @@ from medllava.train.config import Optim, load_training_recipe
 from medllava.train.loop import schedule
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
+KILLED_RUN = Path(__file__).with_name("killed_run.py")
 
 
 def arguments(stage: str, data: Any, out: Path, start: Path, *rest: str) -> list[str]:
@@ -122,22 +123,6 @@ def test_full_stage_moves_language_model_and_named_tower_layers(data: Any, stage
     assert checkpoint.describe(tmp_path / "out").kind == "full"
 
 
-KILL = """
-import os, signal, sys
-from medllava.train import loop
-from medllava.train.__main__ import main
-real, steps = loop._step, 0
-def step(*given, **named):
-    global steps
-    steps += 1
-    if steps == 14:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*given, **named)
-loop._step = step
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize(("stage", "more"), [
     ("projector", ("packing=true", "picture_group=3")), ("lora", ("lora.r=4", "lora.dropout=0.1")),
     ("full", ("tower_layers=1",)),
@@ -149,7 +134,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert train("stage2", data, tmp_path / "whole", stage1, *settings) == 0
     out = tmp_path / "killed"
     (tmp_path / f".{out.name}.abcdefgh.part").mkdir()  # as a kill in the middle of a save leaves it
-    command = [sys.executable, "-c", KILL, *arguments("stage2", data, out, stage1, *settings)]
+    command = [sys.executable, str(KILLED_RUN), "14", *arguments("stage2", data, out, stage1, *settings)]
     killed = subprocess.run(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert killed.returncode == -signal.SIGKILL
     assert not (out / "medllava.json").exists()
